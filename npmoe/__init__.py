@@ -1,0 +1,67 @@
+"""Mixture of Experts in NumPy, with hand-written forward and backward.
+
+>>> import npmoe, numpy as np
+>>> cfg = npmoe.MoEConfig(hidden_size=8, intermediate_size=16, num_experts=4, top_k=2)
+>>> params = npmoe.init_params(cfg, rng=0)
+>>> x = np.ones((3, 8), np.float32)
+>>> output, saved = npmoe.moe_forward(x, params, cfg)
+>>> grads = npmoe.moe_backward(np.ones_like(output), saved, params)
+>>> output.shape, grads.gate_up_proj.shape
+((3, 8), (4, 32, 8))
+"""
+
+from npmoe import losses
+from npmoe._version import __version__
+from npmoe.backends import available_backends, get_backend, use_backend
+from npmoe.capacity import expert_capacity
+from npmoe.config import MoEConfig
+from npmoe.dispatch import DispatchPlan
+from npmoe.errors import (
+    BackendUnavailableError,
+    CheckpointError,
+    DataError,
+    DTypeError,
+    GradientError,
+    NpmoeError,
+    PlanError,
+    RangeError,
+    ShapeError,
+    UnsupportedError,
+)
+from npmoe.finite_differences import GradcheckReport, gradcheck
+from npmoe.layer import MoELayer, SavedTensors, moe_backward, moe_forward
+from npmoe.params import MoEGrads, MoEParams, init_params
+from npmoe.routing import Routing
+from npmoe.stats import LoadStats
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointError",
+    "DTypeError",
+    "DataError",
+    "DispatchPlan",
+    "GradcheckReport",
+    "GradientError",
+    "LoadStats",
+    "MoEConfig",
+    "MoEGrads",
+    "MoELayer",
+    "MoEParams",
+    "NpmoeError",
+    "PlanError",
+    "RangeError",
+    "Routing",
+    "SavedTensors",
+    "ShapeError",
+    "UnsupportedError",
+    "__version__",
+    "available_backends",
+    "expert_capacity",
+    "get_backend",
+    "gradcheck",
+    "init_params",
+    "losses",
+    "moe_backward",
+    "moe_forward",
+    "use_backend",
+]

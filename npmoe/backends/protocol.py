@@ -1,0 +1,166 @@
+"""What a backend is: a name, its availability, array transfer and the verbs of the layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from npmoe._typing import Array, HostArray
+from npmoe.config import MoEConfig
+from npmoe.dispatch import DispatchPlan
+from npmoe.routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a backend can run here, and if not, why and what to install."""
+
+    ok: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGrads:
+    """What the expert core's backward returns; biases are None where the experts have none."""
+
+    rows: Array  # (R, H) gradient of the gathered hidden states
+    topk_weights: Array  # (T, K)
+    gate_up_proj: Array
+    down_proj: Array
+    gate_up_bias: Array | None
+    down_bias: Array | None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The contract of a backend. Subclass `NumpyBackend` and override what you make faster.
+
+    Shapes and meanings of the verbs are those of `npmoe.ops` and `npmoe.routing`.
+
+    Attributes
+    ----------
+    name : str
+    accelerates : frozenset of str
+        The verbs that it really overrides.
+    host_arrays : bool
+        Whether its arrays are NumPy's, as training needs.
+    """
+
+    name: ClassVar[str]
+    accelerates: ClassVar[frozenset[str]]
+    host_arrays: ClassVar[bool]
+
+    @classmethod
+    def availability(cls) -> Availability:
+        """Say whether the backend can run here; cheap, never raises."""
+
+    def asarray(self, x: Any) -> Array:
+        """Move an array to the backend."""
+
+    def asnumpy(self, x: Array) -> HostArray:
+        """Move an array to the host."""
+
+    def synchronize(self) -> None:
+        """Wait for all work that was submitted."""
+
+    def linear(self, x: Array, weight: Array, bias: Array | None = None) -> Array:
+        """(T, N), (M, N) -> (T, M)."""
+
+    def linear_backward(
+        self, grad_y: Array, x: Array, weight: Array, bias: Array | None = None
+    ) -> tuple[Array, Array, Array | None]:
+        """Return grad_x, grad_weight, grad_bias."""
+
+    def mask_rows(self, x: Array, mask: Array) -> Array:
+        """Zero the rows whose mask is False."""
+
+    def add(self, x: Array, y: Array) -> Array:
+        """Return the sum of two arrays of one shape."""
+
+    def store(self, value: Array, out: Array | None, accumulate: bool) -> Array:
+        """Put a result into a caller's array."""
+
+    def route(
+        self,
+        router_logits: Array,
+        cfg: MoEConfig,
+        *,
+        token_mask: Array | None = None,
+        topk_ids: Array | None = None,
+        rng: np.random.Generator | None = None,
+        sequence_length: int | None = None,
+    ) -> Routing:
+        """Choose experts and weights."""
+
+    def route_backward(
+        self,
+        grad_topk_weights: Array,
+        routing: Routing,
+        cfg: MoEConfig,
+        plan: DispatchPlan | None = None,
+    ) -> Array:
+        """Return grad_router_logits."""
+
+    def plan_dispatch(
+        self,
+        topk_ids: Array,
+        *,
+        num_experts: int,
+        capacity: int | None = None,
+        drop_policy: Literal["position", "probability"] = "position",
+        topk_weights: Array | None = None,
+    ) -> DispatchPlan:
+        """Sort routes by expert, drop what exceeds the capacity."""
+
+    def renormalize_kept(self, topk_weights: Array, plan: DispatchPlan) -> Array:
+        """Normalise weights over the kept routes."""
+
+    def gather_rows(self, x: Array, plan: DispatchPlan) -> Array:
+        """(T, H) -> (R, H)."""
+
+    def combine_rows(
+        self, rows: Array, plan: DispatchPlan, *, topk_weights: Array | None = None
+    ) -> Array:
+        """(R, H) -> (T, H)."""
+
+    def scale_rows(self, rows: Array, plan: DispatchPlan, topk_weights: Array) -> Array:
+        """Multiply rows by their routes' weights."""
+
+    def row_dot(self, rows_a: Array, rows_b: Array, plan: DispatchPlan) -> Array:
+        """(R, N), (R, N) -> (T, K)."""
+
+    def grouped_gemm(
+        self,
+        x: Array,
+        weight: Array,
+        plan: DispatchPlan,
+        *,
+        bias: Array | None = None,
+        transposed: bool = False,
+    ) -> Array:
+        """(R, N), (E, M, N) -> (R, M)."""
+
+    def grouped_gemm_wgrad(
+        self,
+        x: Array,
+        grad_y: Array,
+        plan: DispatchPlan,
+        *,
+        out: Array | None = None,
+        accumulate: bool = False,
+    ) -> Array:
+        """(R, N), (R, M) -> (E, M, N)."""
+
+    def segment_sum(self, rows: Array, plan: DispatchPlan) -> Array:
+        """(R, N) -> (E, N)."""
+
+    def spread_experts(self, values: Array, plan: DispatchPlan) -> Array:
+        """(E, N) -> (R, N)."""
+
+    def activation(self, gate_up: Array, cfg: MoEConfig) -> Array:
+        """(R, 2I) -> (R, I)."""
+
+    def activation_backward(self, grad_act: Array, gate_up: Array, cfg: MoEConfig) -> Array:
+        """Return grad_gate_up."""

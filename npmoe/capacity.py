@@ -1,0 +1,93 @@
+"""How many rows an expert may take, and the normalisation that follows a drop."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from npmoe._typing import Array, array_namespace
+from npmoe.config import MoEConfig
+from npmoe.dispatch import DispatchPlan
+
+
+def expert_capacity(num_tokens: int, cfg: MoEConfig) -> int | None:
+    """Return the number of rows that each expert may take, or None if dropless.
+
+    ``C = round_up(max(min_capacity, round(T * K * capacity_factor / E)), capacity_multiple)``
+
+    Parameters
+    ----------
+    num_tokens : int
+        T, counting valid tokens only.
+    cfg : MoEConfig
+        Its capacity fields; `expert_capacity` is returned as it stands.
+
+    Returns
+    -------
+    int or None
+
+    Notes
+    -----
+    **Accuracy**: exact rational arithmetic. Floating-point versions in circulation differ, for
+    example 56 instead of 55 for T=400, E=8, K=1 and a factor of 1.1.
+
+    References
+    ----------
+    Fedus et al. 2021, "Switch Transformers", eq. 3.
+
+    Examples
+    --------
+    >>> cfg = MoEConfig(num_experts=8, top_k=1, capacity_factor="1.1")
+    >>> expert_capacity(400, cfg)
+    55
+    """
+    if cfg.expert_capacity is not None:
+        return cfg.expert_capacity
+    if cfg.capacity_factor is None:
+        return None
+    per_token = cfg.top_k if cfg.capacity_count_top_k else 1
+    share = num_tokens * per_token * Fraction(cfg.capacity_factor) / cfg.num_experts
+    rounding = {"ceil": math.ceil, "floor": math.floor, "round": round}[cfg.capacity_rounding]
+    rows = max(cfg.min_capacity, rounding(share))
+    return -(-rows // cfg.capacity_multiple) * cfg.capacity_multiple
+
+
+def renormalize_kept(topk_weights: Array, plan: DispatchPlan) -> Array:
+    """Divide each token's kept weights by their sum; dropped ones become 0.
+
+    Parameters
+    ----------
+    topk_weights : (T, K) float array
+        Weights as they stood at the drop.
+    plan : DispatchPlan
+        Its `row_ids` say what was kept.
+
+    Returns
+    -------
+    (T, K) float array
+        New; a lone survivor gets 1, a token without survivors 0 everywhere.
+
+    References
+    ----------
+    DeepSpeed ``sharded_moe.top2gating`` normalises after the drop, Tutel and Mixtral before.
+    """
+    xp = array_namespace(topk_weights)
+    kept = xp.where(plan.row_ids >= 0, topk_weights, xp.zeros_like(topk_weights))
+    return divide_by_sum(kept)
+
+
+def divide_by_sum(weights: Array) -> Array:
+    """Divide rows (T, K) by their sums; a row of zeros stays a row of zeros."""
+    xp = array_namespace(weights)
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / xp.where(total > 0, total, xp.ones_like(total))
+
+
+def divide_by_sum_backward(grad: Array, weights: Array) -> Array:
+    """Return the gradient of `weights`: (grad - <grad, w/D>) / D with D = sum of the row."""
+    xp = array_namespace(weights)
+    total = weights.sum(axis=1, keepdims=True)
+    inverse = xp.where(total > 0, 1.0, 0.0).astype(weights.dtype)
+    inverse /= xp.where(total > 0, total, xp.ones_like(total))
+    inner = (grad * weights).sum(axis=1, keepdims=True) * inverse
+    return (grad - inner) * inverse

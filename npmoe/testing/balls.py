@@ -1,0 +1,152 @@
+"""Numbers with error radii: what any correct program may compute instead of the exact value.
+
+A `Ball` holds a float64 middle m and a radius r. The claim is: a program that rounds as `Model`
+says, in any order of summation, gets a value within r of m. Each operation adds what it passes
+on from its operands and what it rounds itself::
+
+    x.w      |x| r_w + r_x (|w| + r_w)  +  gamma_n (|x| + r_x).(|w| + r_w)
+    f(z)     L r_z  +  c u g(|z| + r_z)         f has slopes up to L and is computed to c u g
+
+The middles are rounded too, and so is the float64 reference that a test compares with. Radii
+are sums of products of non-negative powers of u without a constant term, so r(u1) + r(u2) <=
+r(u1 + u2): one radius for the sum of the unit roundoffs covers program, middle and reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from npmoe._typing import HostArray
+from npmoe.testing.bounds import unit_roundoff
+
+# NumPy's vectorised exp and tanh may err by 4 ulp, that is 8 u; a chain of them and a few more.
+ELEMENTARY = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Unit roundoff, and the largest absolute error of one underflow (flush to zero allowed)."""
+
+    u: float
+    tiny: float
+
+    @classmethod
+    def of(cls, dtype: npt.DTypeLike) -> Model:
+        """Return the model of programs in `dtype`, of the middle and of a float64 reference."""
+        wide = unit_roundoff(np.float64)
+        return cls(unit_roundoff(dtype) + 3.0 * wide, 4.0 * float(np.finfo(dtype).tiny))
+
+    def gamma(self, n: int) -> float:
+        """Return gamma_n for this u; infinite where it says nothing."""
+        return n * self.u / (1.0 - n * self.u) if n * self.u < 1.0 else math.inf
+
+    def rounding(self, size: HostArray, n: int) -> HostArray:
+        """Return the error of n roundings of numbers up to `size`; exact zeros stay exact."""
+        return np.asarray(self.gamma(n) * size + n * self.tiny * (size > 0.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Ball:
+    """Middle `mid` and radius `rad`, float64 arrays of one shape."""
+
+    mid: HostArray
+    rad: HostArray
+    model: Model
+
+    @classmethod
+    def exact(cls, value: HostArray, model: Model) -> Ball:
+        """Return a ball around given data, which both sides read without error."""
+        mid = np.asarray(value, dtype=np.float64)
+        return cls(mid, np.zeros(mid.shape), model)
+
+    @property
+    def size(self) -> HostArray:
+        """Return the largest absolute value inside."""
+        return np.asarray(np.abs(self.mid) + self.rad)
+
+    @property
+    def T(self) -> Ball:
+        """Return the transpose."""
+        return Ball(self.mid.T, self.rad.T, self.model)
+
+    def __getitem__(self, index: Any) -> Ball:
+        return Ball(self.mid[index], self.rad[index], self.model)
+
+    def rounded(self, mid: HostArray, rad: HostArray, n: int = 2) -> Ball:
+        """Return a new ball with the error of n more roundings (2: reciprocals are allowed)."""
+        return Ball(mid, rad + self.model.rounding(np.abs(mid) + rad, n), self.model)
+
+    def __add__(self, other: Ball) -> Ball:
+        return self.rounded(self.mid + other.mid, self.rad + other.rad)
+
+    def __sub__(self, other: Ball) -> Ball:
+        return self.rounded(self.mid - other.mid, self.rad + other.rad)
+
+    def __mul__(self, other: Ball) -> Ball:
+        passed = np.abs(self.mid) * other.rad + self.rad * other.size
+        return self.rounded(self.mid * other.mid, passed)
+
+    def __truediv__(self, other: Ball) -> Ball:
+        """Divide; where the divisor is exactly 0 the quotient is 0, as for an empty sum."""
+        zero = other.size == 0.0
+        safe = np.where(zero, 1.0, other.mid)
+        least = np.where(zero, 1.0, np.maximum(np.abs(other.mid) - other.rad, 0.0))
+        mid = np.where(zero, 0.0, self.mid / safe)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            passed = (self.rad + np.abs(mid) * other.rad) / least
+        passed = np.where(zero, 0.0, np.where(least > 0.0, passed, np.inf))
+        return self.rounded(mid, passed)
+
+    def where(self, condition: HostArray) -> Ball:
+        """Return the ball where `condition` holds, and exact zeros elsewhere."""
+        return Ball(np.where(condition, self.mid, 0), np.where(condition, self.rad, 0), self.model)
+
+    def sum(self, axis: int, *, keepdims: bool = False) -> Ball:
+        """Sum along an axis, in any order."""
+        mid, rad = self.mid.sum(axis, keepdims=keepdims), self.rad.sum(axis, keepdims=keepdims)
+        size = self.size.sum(axis, keepdims=keepdims)
+        return Ball(mid, rad + self.model.rounding(size, self.mid.shape[axis]), self.model)
+
+    def matmul(self, other: Ball, n: int) -> Ball:
+        """Return the matrix product; n is the number of roundings on each term's way."""
+        rad = np.abs(self.mid) @ other.rad + self.rad @ other.size
+        rad = rad + self.model.rounding(self.size @ other.size, n)
+        return Ball(self.mid @ other.mid, rad, self.model)
+
+    def apply(
+        self,
+        function: Callable[[HostArray], HostArray],
+        slope: float,
+        rounding: Callable[[HostArray], HostArray],
+    ) -> Ball:
+        """Apply a function of slopes up to `slope`, computed to ELEMENTARY * u * rounding(size)."""
+        error = ELEMENTARY * self.model.u * rounding(self.size) + self.model.tiny
+        return Ball(function(self.mid), slope * self.rad + error, self.model)
+
+
+def softmax(logits: Ball) -> Ball:
+    """Return the softmax over the last axis; a logit of -inf is exact, and its share 0.
+
+    With errors d in the logits, each share lies within a factor exp(+-2d). The subtraction of the
+    maximum m rounds by u (m - x), which exp turns into a relative error; then come exp itself, the
+    sum of E positive terms, and the division.
+    """
+    model = logits.model
+    top = logits.mid.max(axis=-1, keepdims=True, initial=-np.inf)
+    depth = np.where(np.isneginf(logits.mid), 0.0, np.where(np.isfinite(top), top, 0) - logits.mid)
+    powers = np.where(np.isneginf(logits.mid), 0.0, np.exp(-depth))
+    total = powers.sum(axis=-1, keepdims=True)
+    mid = powers / np.where(total > 0.0, total, 1.0)
+    shift = 2.0 * logits.rad.max(axis=-1, keepdims=True, initial=0.0)
+    depths = depth + 2.0 * (mid * depth).sum(axis=-1, keepdims=True)
+    rounding = model.u * (depths + shift) + 2.0 * ELEMENTARY * model.u
+    with np.errstate(over="ignore"):
+        relative = np.expm1(shift + rounding + model.gamma(logits.mid.shape[-1] + 2))
+    rad = np.where(powers > 0.0, mid * relative + model.tiny, 0.0)
+    return Ball(mid, rad, model)

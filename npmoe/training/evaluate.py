@@ -1,0 +1,117 @@
+"""Validation: mean loss, and which expert served which characters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from npmoe import nn
+from npmoe._typing import HostArray
+from npmoe.backends import Backend
+from npmoe.errors import DataError
+from npmoe.models.config import LanguageConfig
+from npmoe.models.language import LanguageParams, language_forward
+from npmoe.stats import max_violation
+from npmoe.training.data import validation_batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Result of one pass over a text.
+
+    Attributes
+    ----------
+    loss : float
+        Mean nats per character.
+    served : (MoE layers, V, E) int array
+        How often expert e was chosen for an input character v, before any drop.
+    dropped : int
+        Routes that the capacity refused.
+    """
+
+    loss: float
+    served: HostArray
+    dropped: int
+
+    @property
+    def tokens_per_expert(self) -> HostArray:
+        """Choices of every expert (MoE layers, E)."""
+        return self.served.sum(axis=1)
+
+    @property
+    def load_imbalance(self) -> float:
+        """MaxVio of the summed choices, mean over MoE layers; 0 for a dense model."""
+        counts = self.tokens_per_expert
+        return float(np.mean([max_violation(c) for c in counts])) if len(counts) else 0.0
+
+    @property
+    def drop_rate(self) -> float:
+        """Dropped routes divided by chosen ones; 0 without routes."""
+        chosen = int(self.served.sum())
+        return self.dropped / chosen if chosen else 0.0
+
+
+def evaluate(
+    params: LanguageParams,
+    cfg: LanguageConfig,
+    ids: HostArray,
+    *,
+    batch_size: int = 8,
+    backend: str | Backend | None = None,
+    map_function: Callable[..., Iterable[tuple[float, int, HostArray, int]]] = map,
+) -> Evaluation:
+    """Return the loss over a text, each character but the first predicted exactly once.
+
+    The text is cut into windows of `context_length` that touch without overlap, so a character
+    sees between 1 and `context_length` characters before it. No dropout, no noise, and the
+    evaluation's capacity.
+
+    Parameters
+    ----------
+    params, cfg
+        The model.
+    ids : (N,) int array
+        The text.
+    batch_size : int
+        Windows at a time.
+    backend : str, Backend or None
+    map_function : callable
+        ``map``, or that of a thread pool; the result does not depend on it.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    DataError
+        If the text is shorter than the context.
+    """
+    moe = None if cfg.moe is None else cfg.moe.for_evaluation()
+    num_experts = 0 if moe is None else moe.num_experts
+
+    def work(pair: tuple[HostArray, HostArray]) -> tuple[float, int, HostArray, int]:
+        inputs, targets = pair
+        logits, saved = language_forward(inputs, params, cfg, moe=moe, backend=backend)
+        loss, _ = nn.cross_entropy(logits.reshape(-1, cfg.vocab_size), targets.reshape(-1))
+        served = np.zeros((cfg.num_moe_layers, cfg.vocab_size, num_experts), np.int64)
+        dropped = 0
+        layers = [block.moe for block in saved.blocks if block.moe is not None]
+        for counts, layer in zip(served, layers, strict=True):
+            chosen = layer.routing.topk_ids  # (T, K)
+            cells = inputs.reshape(-1, 1) * num_experts + chosen
+            counts += np.bincount(cells.ravel(), minlength=counts.size).reshape(counts.shape)
+            dropped += layer.stats().dropped_routes
+        return loss * targets.size, targets.size, served, dropped
+
+    results = list(map_function(work, validation_batches(ids, cfg.context_length, batch_size)))
+    count = sum(r[1] for r in results)
+    if count == 0:
+        raise DataError("evaluate: ids must hold at least one target, got none.")
+    return Evaluation(
+        loss=sum(r[0] for r in results) / count,
+        served=np.sum([r[2] for r in results], axis=0),
+        dropped=sum(r[3] for r in results),
+    )

@@ -1,0 +1,261 @@
+"""The training loop: steps, evaluation, log and checkpoints in one run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from npmoe.backends import Backend, get_backend
+from npmoe.errors import BackendUnavailableError, CheckpointError, UnsupportedError
+from npmoe.models.language import LanguageParams, init_language_params
+from npmoe.training.checkpoint import load_checkpoint, save_checkpoint
+from npmoe.training.config import TrainConfig, text_sha256
+from npmoe.training.data import CharVocabulary, split_text
+from npmoe.training.evaluate import Evaluation, evaluate
+from npmoe.training.files import RunFolder, write_text_atomic
+from npmoe.training.log import JsonlLog
+from npmoe.training.trainer import StepReport, Trainer, load_params
+from npmoe.tree import named_arrays, num_elements
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What the caller hears after every step."""
+
+    report: StepReport
+    steps: int
+    tokens_per_second: float
+    val_loss: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run ends with; the last two are None if it was interrupted.
+
+    Attributes
+    ----------
+    step : int
+        Steps made, over all sessions.
+    tokens_per_second : float
+        Training throughput of this session, evaluation and checkpoints not counted.
+    params : LanguageParams
+    evaluation : Evaluation or None
+        On the validation text.
+    train_loss : float or None
+        Mean nats per character on a part of the training text as long as the validation text.
+    """
+
+    step: int
+    tokens_per_second: float
+    params: LanguageParams
+    evaluation: Evaluation | None
+    train_loss: float | None
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers were trained."""
+        return num_elements(self.params)
+
+
+@contextlib.contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """Hold every BLAS call to one thread: threads then cannot change a bit of the result.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If threadpoolctl is not installed.
+    """
+    try:
+        from threadpoolctl import threadpool_limits  # noqa: PLC0415
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "train: package threadpoolctl must be installed, got none. "
+            "Run: pip install 'npmoe[cli]'"
+        ) from error
+    with threadpool_limits(limits=1):
+        yield
+
+
+def train(
+    config: TrainConfig,
+    text: str,
+    folder: RunFolder,
+    *,
+    threads: int = 1,
+    backend: str | Backend | None = None,
+    on_step: Callable[[Progress], None] = lambda _: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Train from the folder's checkpoint, or from the start, to the last step.
+
+    Parameters
+    ----------
+    config : TrainConfig
+        Of a new run, or read from the folder.
+    text : str
+        The whole text; its last tenth is for validation.
+    folder : RunFolder
+        Receives config.json, log.jsonl and checkpoint.safetensors.
+    threads : int
+        Micro-batches that run at once; does not change the result.
+    backend : str, Backend or None
+        Runs the MoE sublayers; must work on host arrays.
+    on_step : callable
+        Called after every step.
+    should_stop : callable
+        Asked after every step; when it says True, the run is saved and returned as it is.
+
+    Returns
+    -------
+    TrainResult
+
+    Raises
+    ------
+    CheckpointError
+        If the folder's files cannot be used or written, or belong to another text or config.
+    DataError
+        If the text is too short.
+    UnsupportedError
+        If the backend does not work on host arrays.
+
+    Notes
+    -----
+    **Order**: bitwise equal for any number of threads and wherever it was interrupted, given the
+    same library versions and processor.
+    """
+    run = get_backend(backend)
+    if not run.host_arrays:
+        raise UnsupportedError(
+            f"train: backend must work on host arrays, got {run.name!r}. "
+            "Attention and the optimizer run in NumPy."
+        )
+    if text_sha256(text) != config.text_sha256:
+        raise CheckpointError(
+            f"train: text must be the one the run began with ({config.text_source}), got another. "
+            "Give the same text, or start a new run."
+        )
+    ids = CharVocabulary(config.characters).encode(text)
+    train_ids, val_ids = split_text(ids, config.model.context_length)
+    log = JsonlLog(folder.log)
+    with (
+        single_threaded_blas(),
+        contextlib.closing(Trainer(config, train_ids, threads=threads, backend=run)) as trainer,
+    ):
+        if folder.checkpoint.exists():
+            _restore(trainer, folder, config)
+        else:
+            write_text_atomic(folder.config, config.to_json())
+        log.truncate_after(trainer.step_number)
+        # The validation batches share the training threads.
+        map_function = map if threads == 1 else trainer.pool.map
+
+        def measure(part: Any) -> Evaluation:
+            return evaluate(
+                trainer.params, config.model, part, backend=run, map_function=map_function
+            )
+
+        seconds, made, stopped = 0.0, 0, False
+        evaluation = None
+        while trainer.step_number < config.steps and not stopped:
+            start = time.perf_counter()
+            report = trainer.step()
+            seconds += time.perf_counter() - start
+            made += 1
+            done = trainer.step_number
+            speed = made * config.tokens_per_step / seconds
+            last = done == config.steps
+            evaluation = measure(val_ids) if last or done % config.eval_every == 0 else None
+            if evaluation is not None or done % config.log_every == 0:
+                log.append(_record(report, done, speed, evaluation))
+            stopped = should_stop()
+            if last or stopped or done % config.checkpoint_every == 0:
+                save_checkpoint(folder.checkpoint, trainer.state(), {"step": str(done)})
+            val_loss = None if evaluation is None else evaluation.loss
+            on_step(
+                Progress(
+                    report=report, steps=config.steps, tokens_per_second=speed, val_loss=val_loss
+                )
+            )
+        finished = trainer.step_number == config.steps
+        if finished and evaluation is None:
+            evaluation = measure(val_ids)
+        return TrainResult(
+            step=trainer.step_number,
+            tokens_per_second=made * config.tokens_per_step / seconds if made else 0.0,
+            params=trainer.params,
+            evaluation=evaluation if finished else None,
+            train_loss=measure(train_ids[-len(val_ids) :]).loss if finished else None,
+        )
+
+
+def _restore(trainer: Trainer, folder: RunFolder, config: TrainConfig) -> None:
+    arrays, metadata = load_checkpoint(folder.checkpoint)
+    _check_arrays(arrays, trainer.state(), folder)
+    step = int(metadata.get("step", "-1"))
+    if not 0 <= step <= config.steps:
+        raise CheckpointError(
+            f"train: {folder.checkpoint} must hold a step in 0..{config.steps}, got {step}. "
+            "It belongs to another config.json."
+        )
+    trainer.load_state(arrays, step)
+
+
+def _check_arrays(arrays: dict[str, Any], expected: dict[str, Any], folder: RunFolder) -> None:
+    """Raise unless the checkpoint has the arrays of the config's model."""
+    for name in sorted(set(expected) | set(arrays)):
+        got = arrays[name].shape if name in arrays else None
+        want = expected[name].shape if name in expected else None
+        if got != want or (got is not None and arrays[name].dtype != expected[name].dtype):
+            raise CheckpointError(
+                f"train: {folder.checkpoint} must hold {name} of shape {want}, got {got}. "
+                "It belongs to another config.json."
+            )
+
+
+def load_trained(folder: RunFolder) -> tuple[TrainConfig, LanguageParams, int]:
+    """Return config, parameters and step of a run, for generation.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds no usable run.
+    """
+    try:
+        text = folder.config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"load_trained: {folder.config} must be readable, got {error}. Is it a run folder?"
+        ) from error
+    config = TrainConfig.from_json(text, str(folder.config))
+    params = init_language_params(config.model, config.seed)
+    arrays, metadata = load_checkpoint(folder.checkpoint)
+    expected = {f"params.{name}": leaf for name, leaf in named_arrays(params)}
+    found = {name: a for name, a in arrays.items() if name.startswith("params.")}
+    _check_arrays(found, expected, folder)
+    load_params(params, arrays)
+    return config, params, int(metadata.get("step", "0"))
+
+
+def _record(
+    report: StepReport, step: int, tokens_per_second: float, evaluation: Evaluation | None
+) -> dict[str, Any]:
+    """Return one line of the log; `step` counts steps made."""
+    record: dict[str, Any] = {
+        "step": step,
+        "cross_entropy": report.cross_entropy,
+        "auxiliary": report.auxiliary,
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "drop_rate": report.drop_rate,
+        "load_imbalance": report.load_imbalance,
+        "tokens_per_expert": report.tokens_per_expert,
+        "tokens_per_second": round(tokens_per_second, 1),
+    }
+    if evaluation is not None:
+        record["val_loss"] = evaluation.loss
+    return record

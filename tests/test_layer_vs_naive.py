@@ -1,0 +1,303 @@
+"""The composed layer against the definition, on everything the strategies can draw."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+import npmoe
+from npmoe import naive
+from npmoe.backends import Backend
+from npmoe.testing.bounds import assert_within
+from npmoe.testing.layer_bounds import LayerBounds, layer_bounds
+from npmoe.testing.problems import MoEProblem
+from npmoe.testing.strategies import moe_configs, moe_problems
+from npmoe.tree import map_arrays
+
+BACKENDS = ("numpy", "loopback")
+GRADS = [f.name for f in dataclasses.fields(npmoe.MoEGrads)]
+
+
+class Results(NamedTuple):
+    """Results of one forward and backward call, on the host."""
+
+    output: np.ndarray
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+    kept: np.ndarray
+    probs: np.ndarray
+    logits: np.ndarray
+    grads: dict[str, np.ndarray | None]
+
+
+def run_layer(problem: MoEProblem, name: str) -> Results:
+    backend = npmoe.get_backend(name)
+    params = map_arrays(lambda _, a: backend.asarray(a), problem.params)
+    output, saved = npmoe.moe_forward(
+        backend.asarray(problem.hidden_states),
+        params,
+        problem.cfg,
+        backend=backend,
+        token_mask=_move(backend, problem.token_mask),
+        topk_ids=_move(backend, problem.topk_ids),
+    )
+    grads = npmoe.moe_backward(
+        backend.asarray(problem.grad_output),
+        saved,
+        params,
+        grad_router_logits=_move(backend, problem.grad_router_logits),
+    )
+    host = backend.asnumpy
+    found = {n: getattr(grads, n) for n in GRADS}
+    return Results(
+        output=host(output),
+        topk_ids=host(saved.routing.topk_ids),
+        topk_weights=host(saved.routing.topk_weights),
+        kept=host(saved.plan.row_ids) >= 0,
+        probs=host(saved.routing.probs),
+        logits=host(saved.routing.router_logits),
+        grads={n: None if g is None else host(g) for n, g in found.items()},
+    )
+
+
+def run_naive(problem: MoEProblem, topk_ids: np.ndarray | None) -> Results:
+    """Run the definition; `topk_ids` replaces the choice."""
+    choice = {"token_mask": problem.token_mask, "topk_ids": topk_ids}
+    forward = naive.moe_forward(problem.hidden_states, problem.params, problem.cfg, **choice)
+    grads = naive.moe_backward(
+        problem.grad_output,
+        problem.hidden_states,
+        problem.params,
+        problem.cfg,
+        grad_router_logits=problem.grad_router_logits,
+        **choice,
+    )
+    fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
+    return Results(**fields, grads={n: getattr(grads, n) for n in GRADS})
+
+
+def _move(backend: Backend, array: np.ndarray | None) -> Any:
+    return None if array is None else backend.asarray(array)
+
+
+def arrays_of(problem: MoEProblem) -> list[np.ndarray]:
+    trees = (problem.params, problem)
+    found = [getattr(t, f.name) for t in trees for f in dataclasses.fields(t)]
+    return [a for a in found if isinstance(a, np.ndarray)]
+
+
+def assert_lawful_choice(problem: MoEProblem, actual: Results) -> None:
+    """Check that ids fall by key and no better expert was left out, as far as rounding can tell."""
+    own = run_naive(problem, None)
+    bounds = layer_bounds(problem, naive_forward(problem, actual.topk_ids))
+    by_logit = problem.cfg.router_order == "topk_score"
+    keys, slack = (own.logits, bounds.router_logits) if by_logit else (own.probs, bounds.probs)
+    for t, ids in enumerate(actual.topk_ids):
+        if problem.token_mask is not None and not problem.token_mask[t]:
+            assert (ids == -1).all()
+            continue
+        assert len(set(ids)) == len(ids)
+        assert (ids >= 0).all()
+        rest = [e for e in range(problem.cfg.num_experts) if e not in ids]
+        for k, e in enumerate(ids):
+            for worse in [*ids[k + 1 :], *rest]:
+                assert keys[t, e] + slack[t, e] >= keys[t, worse] - slack[t, worse]
+
+
+def assert_lawful_drop(problem: MoEProblem, actual: Results, weight_bound: np.ndarray) -> None:
+    """Check per expert how many routes are kept, and that no heavier one was dropped."""
+    cfg = problem.cfg
+    valid = problem.token_mask
+    num_tokens = len(actual.topk_ids) if valid is None else int(valid.sum())
+    capacity = naive.expert_capacity(num_tokens, cfg)
+    _, weights, _ = naive.route(
+        naive_forward(problem, actual.topk_ids).logits, cfg, valid, actual.topk_ids
+    )
+    for e in range(cfg.num_experts):
+        chosen = actual.topk_ids == e
+        kept, dropped = chosen & actual.kept, chosen & ~actual.kept
+        size = int(chosen.sum())
+        assert kept.sum() == (size if capacity is None else min(size, capacity))
+        if not dropped.any() or not kept.any():
+            continue
+        if cfg.drop_policy == "position":
+            assert np.nonzero(kept)[0].max() < np.nonzero(dropped)[0].min()
+        else:
+            least = (weights + weight_bound)[kept].min()
+            assert least >= (weights - weight_bound)[dropped].max()
+
+
+def naive_forward(problem: MoEProblem, ids: np.ndarray) -> naive.NaiveForward:
+    return naive.moe_forward(
+        problem.hidden_states,
+        problem.params,
+        problem.cfg,
+        token_mask=problem.token_mask,
+        topk_ids=ids,
+    )
+
+
+def drop_bound(problem: MoEProblem, forward: naive.NaiveForward) -> np.ndarray:
+    """Bound the weights as they stand at the drop, before a normalisation that follows it."""
+    if problem.cfg.renormalize_drop != "after":
+        return layer_bounds(problem, forward).topk_weights
+    before = dataclasses.replace(problem.cfg, renormalize=False, renormalize_drop="before")
+    everything = dataclasses.replace(forward, kept=forward.topk_ids >= 0)
+    return layer_bounds(dataclasses.replace(problem, cfg=before), everything).topk_weights
+
+
+def assert_close(problem: MoEProblem, actual: Results, expected: Results, b: LayerBounds) -> None:
+    valid = np.ones(len(actual.output), bool) if problem.token_mask is None else problem.token_mask
+    kept = expected.kept
+    assert_within(actual.logits[valid], expected.logits[valid], b.router_logits[valid], "logits")
+    assert_within(actual.probs, expected.probs, b.probs, "probs")
+    assert_within(
+        actual.topk_weights[kept], expected.topk_weights[kept], b.topk_weights[kept], "topk_weights"
+    )
+    assert_within(actual.output, expected.output, b.output, "output")
+    for name in GRADS:
+        if expected.grads[name] is None:
+            assert actual.grads[name] is None
+        else:
+            assert_within(
+                actual.grads[name], expected.grads[name], getattr(b.grads, name), f"grad {name}"
+            )
+
+
+def assert_exact_zeros(problem: MoEProblem, actual: Results) -> None:
+    """Check what must be 0 to the last bit: masked rows, dropped tokens, empty experts."""
+    assert not actual.output[~actual.kept.any(axis=1)].any()
+    assert not actual.topk_weights[actual.topk_ids < 0].any()
+    if problem.token_mask is not None:
+        masked = ~problem.token_mask
+        assert (actual.topk_ids[masked] == -1).all()
+        assert not actual.probs[masked].any()
+        assert not actual.grads["hidden_states"][masked].any()
+    empty = np.setdiff1d(np.arange(problem.cfg.num_experts), actual.topk_ids[actual.kept])
+    for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
+        grad = actual.grads[name]
+        assert grad is None or not grad[empty].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None)
+@given(problem=moe_problems())
+def test_layer_is_the_definition(backend: str, problem: MoEProblem) -> None:
+    before = [a.tobytes() for a in arrays_of(problem)]
+    actual = run_layer(problem, backend)
+    assert [a.tobytes() for a in arrays_of(problem)] == before, "an input changed"
+    again = run_layer(problem, backend)
+    for one, other in zip(actual[:-1], again[:-1], strict=True):
+        assert one.tobytes() == other.tobytes()
+    for name, grad in actual.grads.items():
+        assert grad is None or grad.tobytes() == again.grads[name].tobytes()
+
+    for array in (actual.output, actual.topk_weights, actual.probs):
+        assert array.dtype == problem.dtype
+    assert all(g is None or g.dtype == problem.dtype for g in actual.grads.values())
+    assert_exact_zeros(problem, actual)
+
+    expected = run_naive(problem, problem.topk_ids)
+    if problem.exact_logits or problem.topk_ids is not None:
+        assert (actual.topk_ids == expected.topk_ids).all()
+    else:
+        assert_lawful_choice(problem, actual)
+        expected = run_naive(problem, actual.topk_ids)
+    if problem.exact:
+        assert (actual.kept == expected.kept).all()
+        assert (actual.output == expected.output).all()
+        for name in GRADS:
+            if expected.grads[name] is not None:
+                assert (actual.grads[name] == expected.grads[name]).all(), name
+        return
+    forward = naive_forward(problem, actual.topk_ids)
+    assert_lawful_drop(problem, actual, drop_bound(problem, forward))
+    if (actual.kept == expected.kept).all():
+        assert_close(problem, actual, expected, layer_bounds(problem, forward))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(problem=moe_problems(moe_configs(nan_policy="drop"), values=("normal",), mask="some"))
+def test_dropping_non_finite_rows_is_masking_them(backend: str, problem: MoEProblem) -> None:
+    masked = run_layer(problem, backend)
+    dropped = run_layer(
+        dataclasses.replace(problem, token_mask=np.ones(len(masked.output), bool)), backend
+    )
+    none = run_layer(dataclasses.replace(problem, token_mask=None), backend)
+    for other in (dropped, none):
+        for name in ("output", "topk_ids", "topk_weights", "kept", "probs"):
+            assert getattr(other, name).tobytes() == getattr(masked, name).tobytes()
+        for name, grad in masked.grads.items():
+            assert grad is None or other.grads[name].tobytes() == grad.tobytes()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    problem=moe_problems(
+        moe_configs(nan_policy="clamp", router_bias=False),
+        values=("normal",),
+        mask="none",
+        auxiliary=False,
+    )
+)
+def test_clamped_rows_go_to_the_first_experts_with_weight_zero(
+    backend: str, problem: MoEProblem
+) -> None:
+    # Finite inputs whose logits overflow in either dtype.
+    hidden = problem.hidden_states.copy()
+    router = problem.params.router_weight.copy()
+    big = float(np.finfo(problem.dtype).max) / 4.0
+    broken = np.arange(len(hidden)) % 3 == 0
+    hidden[broken, 0] = big
+    hidden[~broken, 0] = 0.0
+    router[:, 0] = 8.0
+    w1 = problem.params.gate_up_proj.copy()
+    w1[:, :, 0] = 0.0
+    params = dataclasses.replace(problem.params, router_weight=router, gate_up_proj=w1)
+    problem = dataclasses.replace(problem, params=params, hidden_states=hidden)
+    with np.errstate(over="ignore"):
+        actual = run_layer(problem, backend)
+        expected = run_naive(problem, problem.topk_ids)
+        if problem.dtype == np.float64:
+            assert not expected.output[broken].any()
+            assert (actual.kept == expected.kept).all()
+    top_k = problem.cfg.top_k
+    if problem.topk_ids is None:
+        assert (actual.topk_ids[broken] == np.arange(top_k)).all()
+    assert not actual.topk_weights[broken].any()
+    assert not actual.probs[broken].any()
+    assert not actual.output[broken].any()
+    assert np.isfinite(actual.output).all()
+    assert not actual.grads["hidden_states"][broken].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=30, deadline=None)
+@given(problem=moe_problems(values=("exact",)))
+def test_exact_problems_are_compared_bit_for_bit(backend: str, problem: MoEProblem) -> None:
+    assert problem.exact
+    actual, expected = run_layer(problem, backend), run_naive(problem, problem.topk_ids)
+    assert (actual.topk_ids == expected.topk_ids).all()
+    assert (actual.kept == expected.kept).all()
+    assert (actual.topk_weights[actual.kept] == expected.topk_weights[actual.kept]).all()
+    assert (actual.output == expected.output).all()
+    for name in GRADS:
+        assert expected.grads[name] is None or (actual.grads[name] == expected.grads[name]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_agree_to_the_last_bit(backend: str) -> None:
+    from npmoe.testing.problems import make_problem
+
+    cfg = npmoe.MoEConfig(hidden_size=7, intermediate_size=5, expert_bias=True, capacity_factor="1")
+    problem = make_problem(cfg, num_tokens=11, seed=3, dtype="float32", mask="some")
+    one, other = run_layer(problem, "numpy"), run_layer(problem, backend)
+    assert one.output.tobytes() == other.output.tobytes()
+    for name, grad in one.grads.items():
+        assert grad is None or grad.tobytes() == other.grads[name].tobytes()
