@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from npmoe._typing import HostArray
-from npmoe.backends import Availability, NumpyBackend
+from npmoe.backends import Availability, ReferenceBackend
 from npmoe.errors import DTypeError
 
 _refuse: contextvars.ContextVar[bool] = contextvars.ContextVar("loopback_refuse", default=False)
@@ -187,7 +187,7 @@ class _Namespace:
 _NAMESPACE = _Namespace()
 
 
-class LoopbackBackend(NumpyBackend):
+class LoopbackBackend(ReferenceBackend):
     """The NumPy verbs on arrays that refuse silent conversion."""
 
     name: ClassVar[str] = "loopback"
@@ -230,4 +230,4 @@ def _verb(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name in VERBS:
-    setattr(LoopbackBackend, _name, staticmethod(_verb(getattr(NumpyBackend, _name))))
+    setattr(LoopbackBackend, _name, staticmethod(_verb(getattr(ReferenceBackend, _name))))

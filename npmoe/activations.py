@@ -15,12 +15,17 @@ class Activation:
     """One activation: its function, its derivative and whether it has a gate half.
 
     `forward(pre)` maps (R, 2I) to (R, I) if `gated`, gate in the first half, else (R, I) to
-    (R, I). `backward(grad_act, pre)` returns the gradient of `pre`. Both return new arrays.
+    (R, I). `recompute_and_backward(grad_act, pre)` returns that again and the gradient of `pre`,
+    sharing what both need. All results are new arrays.
     """
 
     forward: Callable[[Array], Array]
-    backward: Callable[[Array, Array], Array]
+    recompute_and_backward: Callable[[Array, Array], tuple[Array, Array]]
     gated: bool
+
+    def backward(self, grad_act: Array, pre: Array) -> Array:
+        """Return the gradient of `pre`."""
+        return self.recompute_and_backward(grad_act, pre)[1]
 
 
 def sigmoid(x: Array) -> Array:
@@ -45,22 +50,23 @@ def swiglu(pre: Array) -> Array:
     return act
 
 
-def swiglu_backward(grad_act: Array, pre: Array) -> Array:
-    """Return (grad_g | grad_u): dg = da*u*s*(1 + g*(1 - s)), du = da*g*s, with s = sigmoid(g)."""
+def swiglu_backward(grad_act: Array, pre: Array) -> tuple[Array, Array]:
+    """Return act and (dg | du): dg = da*u*s*(1 + g*(1 - s)), du = da*g*s, with s = sigmoid(g)."""
     xp = array_namespace(pre)
     half = pre.shape[-1] // 2
     g, u = pre[..., :half], pre[..., half:]
     s = sigmoid(g)
+    silu = s * g
+    act = silu * u
     grad_pre = xp.empty_like(pre)
     grad_g, grad_u = grad_pre[..., :half], grad_pre[..., half:]
-    silu = s * g
     xp.multiply(grad_act, silu, out=grad_u)
-    # s*(1 + g*(1 - s)) = s + silu - silu*s
-    s -= silu * s
-    s += silu
-    xp.multiply(grad_act, u, out=grad_g)
-    grad_g *= s
-    return grad_pre
+    # u*s*(1 + g*(1 - s)) = s*u + act - act*s = s*(u - act) + act
+    xp.subtract(u, act, out=silu)
+    silu *= s
+    silu += act
+    xp.multiply(grad_act, silu, out=grad_g)
+    return act, grad_pre
 
 
 def gelu(pre: Array) -> Array:
@@ -72,19 +78,20 @@ def gelu(pre: Array) -> Array:
     return act
 
 
-def gelu_backward(grad_act: Array, pre: Array) -> Array:
-    """Return grad_act * (Phi(x) + x * phi(x))."""
+def gelu_backward(grad_act: Array, pre: Array) -> tuple[Array, Array]:
+    """Return act and grad_act * (Phi(x) + x * phi(x))."""
     xp = array_namespace(pre)
     slope = erf(pre * math.sqrt(0.5))
     slope += 1.0
     slope *= 0.5
+    act = slope * pre
     # Beyond 40 the density is 0 in either dtype; clipping keeps the square from overflowing.
     near = xp.clip(pre, -40.0, 40.0)
     density = xp.exp(near * near * -0.5)
     density *= near * (1.0 / math.sqrt(2.0 * math.pi))
     slope += density
     slope *= grad_act
-    return slope
+    return act, slope
 
 
 def relu(pre: Array) -> Array:
@@ -92,9 +99,9 @@ def relu(pre: Array) -> Array:
     return array_namespace(pre).maximum(pre, 0.0)
 
 
-def relu_backward(grad_act: Array, pre: Array) -> Array:
-    """Return grad_act where x > 0, else 0; the derivative at 0 is 0."""
-    return array_namespace(pre).where(pre > 0, grad_act, 0.0)
+def relu_backward(grad_act: Array, pre: Array) -> tuple[Array, Array]:
+    """Return act, and grad_act where x > 0, else 0; the derivative at 0 is 0."""
+    return relu(pre), array_namespace(pre).where(pre > 0, grad_act, 0.0)
 
 
 ACTIVATIONS: dict[str, Activation] = {

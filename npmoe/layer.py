@@ -28,17 +28,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from npmoe._checks import Axes, check_float, check_integer_ids, check_same_dtype
 from npmoe._typing import Array
-from npmoe.backends import Backend, ExpertGrads, get_backend
+from npmoe.backends import Backend, FusedExperts, get_backend
 from npmoe.capacity import expert_capacity
 from npmoe.config import MoEConfig
 from npmoe.dispatch import DispatchPlan
 from npmoe.errors import RangeError, ShapeError
+from npmoe.experts import compose_backward, compose_forward, target
 from npmoe.params import MoEGrads, MoEParams, check_params, init_params
 from npmoe.routing import Routing
 from npmoe.stats import LoadStats, load_stats
@@ -161,9 +163,8 @@ def moe_forward(
     )
     if cfg.renormalize_drop == "after":
         routing = replace(routing, topk_weights=run.renormalize_kept(routing.topk_weights, plan))
-    rows = run.gather_rows(x, plan)  # (R, H)
-    gate_up, y_sorted = _experts_forward(run, rows, plan, params, cfg)
-    output = run.combine_rows(y_sorted, plan, topk_weights=routing.topk_weights)  # eq. (5)
+    forward = run.experts_forward if isinstance(run, FusedExperts) else partial(compose_forward, run)
+    output, gate_up = forward(x, params, plan, routing.topk_weights, cfg)  # eq. (3) to (5)
     output = output.reshape(shape)
     if not save:
         return output, None
@@ -230,12 +231,20 @@ def moe_backward(
     if out is not None:
         check_params(name, out, cfg, saved.hidden_states.dtype, "hidden_states", label="out")
     grad_tokens = grad_output.reshape(saved.hidden_states.shape)
-    rows = run.gather_rows(saved.hidden_states, plan)
-    grad_rows = run.gather_rows(grad_tokens, plan)
-    experts = _experts_backward(
-        run, grad_rows, rows, saved.gate_up, plan, routing.topk_weights, params, cfg, out, accumulate
+    backward = (
+        run.experts_backward if isinstance(run, FusedExperts) else partial(compose_backward, run)
     )
-    grad_hidden = run.combine_rows(experts.rows, plan)  # eq. (11), first half
+    experts = backward(
+        grad_tokens,
+        saved.hidden_states,
+        saved.gate_up,
+        params,
+        plan,
+        routing.topk_weights,
+        cfg,
+        out=out,
+        accumulate=accumulate,
+    )  # eq. (6) to (11)
     grad_logits = run.route_backward(experts.topk_weights, routing, cfg, plan)  # eq. (12), (13)
     if grad_router_logits is not None:
         grad_logits = run.add(grad_logits, grad_router_logits)
@@ -246,80 +255,18 @@ def moe_backward(
     grad_x, grad_router_weight, grad_router_bias = run.linear_backward(
         grad_logits, router_input, params.router_weight, params.router_bias
     )  # eq. (11), second half, and (14)
-    grad_hidden = run.add(grad_hidden, grad_x)
+    grad_hidden = run.add(experts.hidden_states, grad_x)
     return MoEGrads(
         hidden_states=grad_hidden.reshape(saved.shape),
-        router_weight=run.store(grad_router_weight, _target(out, "router_weight"), accumulate),
+        router_weight=run.store(grad_router_weight, target(out, "router_weight"), accumulate),
         router_bias=None
         if grad_router_bias is None
-        else run.store(grad_router_bias, _target(out, "router_bias"), accumulate),
+        else run.store(grad_router_bias, target(out, "router_bias"), accumulate),
         gate_up_proj=experts.gate_up_proj,
         down_proj=experts.down_proj,
         gate_up_bias=experts.gate_up_bias,
         down_bias=experts.down_bias,
     )
-
-
-def _experts_forward(
-    run: Backend, rows: Array, plan: DispatchPlan, params: MoEParams, cfg: MoEConfig
-) -> tuple[Array, Array]:
-    """Return gate_up (R, 2I) and the unweighted expert outputs (R, H); eq. (3) to (5)."""
-    gate_up = run.grouped_gemm(rows, params.gate_up_proj, plan, bias=params.gate_up_bias)
-    act = run.activation(gate_up, cfg)  # (R, I)
-    return gate_up, run.grouped_gemm(act, params.down_proj, plan, bias=params.down_bias)
-
-
-def _experts_backward(
-    run: Backend,
-    grad_rows: Array,
-    rows: Array,
-    gate_up: Array,
-    plan: DispatchPlan,
-    topk_weights: Array,
-    params: MoEParams,
-    cfg: MoEConfig,
-    out: MoEParams | None,
-    accumulate: bool,
-) -> ExpertGrads:
-    """Return the gradients of the expert core; eq. (6) to (11)."""
-    act = run.activation(gate_up, cfg)  # recomputed, eq. (4)
-    unweighted = run.grouped_gemm(grad_rows, params.down_proj, plan, transposed=True)  # eq. (6)
-    grad_weights = run.row_dot(unweighted, act, plan)  # eq. (7)
-    weighted = run.scale_rows(grad_rows, plan, topk_weights)
-    grad_down_bias = None
-    if params.down_bias is not None:
-        bias_rows = run.spread_experts(params.down_bias, plan)
-        grad_weights = run.add(grad_weights, run.row_dot(grad_rows, bias_rows, plan))
-        grad_down_bias = run.store(
-            run.segment_sum(weighted, plan), _target(out, "down_bias"), accumulate
-        )
-    grad_down = run.grouped_gemm_wgrad(
-        act, weighted, plan, out=_target(out, "down_proj"), accumulate=accumulate
-    )  # eq. (8)
-    grad_act = run.scale_rows(unweighted, plan, topk_weights)
-    grad_gate_up = run.activation_backward(grad_act, gate_up, cfg)  # eq. (9)
-    grad_gate_up_bias = None
-    if params.gate_up_bias is not None:
-        grad_gate_up_bias = run.store(
-            run.segment_sum(grad_gate_up, plan), _target(out, "gate_up_bias"), accumulate
-        )
-    grad_gate_up_proj = run.grouped_gemm_wgrad(
-        rows, grad_gate_up, plan, out=_target(out, "gate_up_proj"), accumulate=accumulate
-    )  # eq. (10)
-    grad_x = run.grouped_gemm(grad_gate_up, params.gate_up_proj, plan, transposed=True)
-    return ExpertGrads(
-        rows=grad_x,
-        topk_weights=grad_weights,
-        gate_up_proj=grad_gate_up_proj,
-        down_proj=grad_down,
-        gate_up_bias=grad_gate_up_bias,
-        down_bias=grad_down_bias,
-    )
-
-
-def _target(out: MoEParams | None, field: str) -> Array | None:
-    """Return the caller's array for one gradient, if there is one."""
-    return None if out is None else getattr(out, field)
 
 
 def _check_inputs(

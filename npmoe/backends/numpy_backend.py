@@ -1,59 +1,143 @@
-"""The NumPy backend: the reference verbs behind the backend contract."""
+"""The NumPy backend: the reference verbs, and the expert core one block of rows at a time."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import ClassVar
 
 import numpy as np
 
-from npmoe import capacity, dispatch, ops, routing
-from npmoe._typing import Array, HostArray
-from npmoe.backends.protocol import Availability
+from npmoe import ops
+from npmoe._typing import HostArray
+from npmoe.activations import ACTIVATIONS
+from npmoe.backends.protocol import ExpertGrads
+from npmoe.backends.reference import ReferenceBackend
+from npmoe.config import MoEConfig
+from npmoe.dispatch import DispatchPlan
+from npmoe.params import MoEParams
+
+# Rows of one expert that go through both products at once: their activations stay in cache.
+_BLOCK_ROWS = 512
 
 
-class NumpyBackend:
-    """Every verb in vectorised NumPy.
+class NumpyBackend(ReferenceBackend):
+    """The reference verbs with the expert core fused: the default backend.
 
-    The verbs use the array functions of their arguments, so that a subclass for another
-    NumPy-like array type has only to override the transfer methods to be complete.
+    A block of at most 512 rows of one expert goes through gather, both products and the
+    activation before the next one is touched, so intermediates stay in cache and nothing of size
+    (R, H) or (R, I) is made but what the contract returns. Weight gradients of an expert with
+    more rows are summed block by block in ascending order.
     """
 
     name: ClassVar[str] = "numpy"
-    accelerates: ClassVar[frozenset[str]] = frozenset()
-    host_arrays: ClassVar[bool] = True
+    accelerates: ClassVar[frozenset[str]] = frozenset({"experts_forward", "experts_backward"})
 
-    @classmethod
-    def availability(cls) -> Availability:
-        """Say that NumPy is always there."""
-        return Availability(True)
+    def experts_forward(
+        self,
+        x: HostArray,
+        params: MoEParams,
+        plan: DispatchPlan,
+        topk_weights: HostArray,
+        cfg: MoEConfig,
+    ) -> tuple[HostArray, HostArray]:
+        """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5) of `npmoe.layer`."""
+        forward = ACTIVATIONS[cfg.activation].forward
+        gate_up = np.empty((plan.num_rows, params.gate_up_proj.shape[1]), x.dtype)
+        y_sorted = np.empty((plan.num_rows, x.shape[1]), x.dtype)
+        for e, rows in _blocks(plan):
+            pre = np.matmul(_gather(x, plan, rows), params.gate_up_proj[e].T, out=gate_up[rows])
+            if params.gate_up_bias is not None:
+                pre += params.gate_up_bias[e]
+            y = np.matmul(forward(pre), params.down_proj[e].T, out=y_sorted[rows])
+            if params.down_bias is not None:
+                y += params.down_bias[e]
+        return ops.combine_rows(y_sorted, plan, topk_weights=topk_weights), gate_up
 
-    def asarray(self, x: Any) -> Array:
-        """Return x as an ndarray."""
-        return np.asarray(x)
+    def experts_backward(
+        self,
+        grad_output: HostArray,
+        x: HostArray,
+        gate_up: HostArray,
+        params: MoEParams,
+        plan: DispatchPlan,
+        topk_weights: HostArray,
+        cfg: MoEConfig,
+        *,
+        out: MoEParams | None = None,
+        accumulate: bool = False,
+    ) -> ExpertGrads:
+        """Return the gradients of the expert core; eq. (6) to (11) of `npmoe.layer`."""
+        backward = ACTIVATIONS[cfg.activation].recompute_and_backward
+        sums = _WeightGrads(params, plan, out, accumulate)
+        row_weights = topk_weights.reshape(-1)[plan.pair_ids][:, None]  # (R, 1)
+        grad_rows = np.empty((plan.num_rows, x.shape[1]), x.dtype)
+        grad_row_weights = np.empty(plan.num_rows, x.dtype)
+        for e, rows in _blocks(plan):
+            g = _gather(grad_output, plan, rows)
+            unweighted = g @ params.down_proj[e]  # eq. (6)
+            weights = row_weights[rows]
+            act, grad_gate_up = backward(unweighted * weights, gate_up[rows])  # eq. (4), (9)
+            np.einsum("ri,ri->r", unweighted, act, out=grad_row_weights[rows])  # eq. (7)
+            if params.down_bias is not None:
+                grad_row_weights[rows] += g @ params.down_bias[e]
+            g *= weights
+            sums.add("down_proj", e, g, act)  # eq. (8)
+            sums.add("gate_up_proj", e, grad_gate_up, _gather(x, plan, rows))  # eq. (10)
+            np.matmul(grad_gate_up, params.gate_up_proj[e], out=grad_rows[rows])
+        grad_topk_weights = np.zeros(plan.num_tokens * plan.top_k, x.dtype)
+        grad_topk_weights[plan.pair_ids] = grad_row_weights
+        return ExpertGrads(
+            hidden_states=ops.combine_rows(grad_rows, plan),  # eq. (11)
+            topk_weights=grad_topk_weights.reshape(plan.num_tokens, plan.top_k),
+            gate_up_proj=sums.grads["gate_up_proj"],
+            down_proj=sums.grads["down_proj"],
+            gate_up_bias=sums.grads.get("gate_up_bias"),
+            down_bias=sums.grads.get("down_bias"),
+        )
 
-    def asnumpy(self, x: Array) -> HostArray:
-        """Return x as an ndarray."""
-        return np.asarray(x)
 
-    def synchronize(self) -> None:
-        """Return at once: NumPy works synchronously."""
+class _WeightGrads:
+    """The expert gradients being summed; an expert's first block overwrites, later ones add."""
 
-    linear = staticmethod(ops.linear)
-    linear_backward = staticmethod(ops.linear_backward)
-    mask_rows = staticmethod(ops.mask_rows)
-    add = staticmethod(ops.add)
-    store = staticmethod(ops.store)
-    route = staticmethod(routing.route)
-    route_backward = staticmethod(routing.route_backward)
-    plan_dispatch = staticmethod(dispatch.plan_dispatch)
-    renormalize_kept = staticmethod(capacity.renormalize_kept)
-    gather_rows = staticmethod(ops.gather_rows)
-    combine_rows = staticmethod(ops.combine_rows)
-    scale_rows = staticmethod(ops.scale_rows)
-    row_dot = staticmethod(ops.row_dot)
-    grouped_gemm = staticmethod(ops.grouped_gemm)
-    grouped_gemm_wgrad = staticmethod(ops.grouped_gemm_wgrad)
-    segment_sum = staticmethod(ops.segment_sum)
-    spread_experts = staticmethod(ops.spread_experts)
-    activation = staticmethod(ops.activation)
-    activation_backward = staticmethod(ops.activation_backward)
+    def __init__(
+        self, params: MoEParams, plan: DispatchPlan, out: MoEParams | None, accumulate: bool
+    ) -> None:
+        self.grads: dict[str, HostArray] = {}
+        empty = np.diff(plan.expert_offsets) == 0
+        for name in ("gate_up_proj", "down_proj", "gate_up_bias", "down_bias"):
+            value = getattr(params, name)
+            if value is None:
+                continue
+            given = None if out is None else getattr(out, name)
+            self.grads[name] = np.empty_like(value) if given is None else given
+            if given is None or not accumulate:
+                self.grads[name][empty] = 0.0
+        begun = np.zeros(plan.num_experts, bool)
+        if accumulate:
+            begun[:] = True
+        self._begun = {name: begun.copy() for name in self.grads}
+
+    def add(self, name: str, e: int, grad_y: HostArray, x: HostArray) -> None:
+        """Add ``grad_y.T @ x`` to the matrix of expert e, and the column sums to its bias."""
+        bias = self.grads.get(name.replace("proj", "bias"))
+        if self._begun[name][e]:
+            self.grads[name][e] += grad_y.T @ x
+            if bias is not None:
+                bias[e] += grad_y.sum(axis=0)
+        else:
+            np.matmul(grad_y.T, x, out=self.grads[name][e])
+            if bias is not None:
+                np.add.reduce(grad_y, axis=0, out=bias[e])
+            self._begun[name][e] = True
+
+
+def _blocks(plan: DispatchPlan) -> Iterator[tuple[int, slice]]:
+    """Yield (expert, rows) with at most _BLOCK_ROWS rows, in ascending order."""
+    for e, rows in ops.expert_rows(plan):
+        for start in range(rows.start, rows.stop, _BLOCK_ROWS):
+            yield e, slice(start, min(start + _BLOCK_ROWS, rows.stop))
+
+
+def _gather(x: HostArray, plan: DispatchPlan, rows: slice) -> HostArray:
+    """Return the tokens of some rows; ids are in range by construction, so nothing is checked."""
+    return np.take(x, plan.token_ids[rows], axis=0, mode="clip")

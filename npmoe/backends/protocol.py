@@ -10,6 +10,7 @@ import numpy as np
 from npmoe._typing import Array, HostArray
 from npmoe.config import MoEConfig
 from npmoe.dispatch import DispatchPlan
+from npmoe.params import MoEParams
 from npmoe.routing import Routing
 
 
@@ -21,11 +22,11 @@ class Availability:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertGrads:
     """What the expert core's backward returns; biases are None where the experts have none."""
 
-    rows: Array  # (R, H) gradient of the gathered hidden states
+    hidden_states: Array  # (T, H)
     topk_weights: Array  # (T, K)
     gate_up_proj: Array
     down_proj: Array
@@ -34,10 +35,41 @@ class ExpertGrads:
 
 
 @runtime_checkable
-class Backend(Protocol):
-    """The contract of a backend. Subclass `NumpyBackend` and override what you make faster.
+class FusedExperts(Protocol):
+    """The expert core in two calls: eq. (3) to (5) and (6) to (11) of `npmoe.layer`."""
 
-    Shapes and meanings of the verbs are those of `npmoe.ops` and `npmoe.routing`.
+    def experts_forward(
+        self,
+        x: Array,
+        params: MoEParams,
+        plan: DispatchPlan,
+        topk_weights: Array,
+        cfg: MoEConfig,
+    ) -> tuple[Array, Array]:
+        """Return the output (T, H) and gate_up (R, 2I)."""
+
+    def experts_backward(
+        self,
+        grad_output: Array,
+        x: Array,
+        gate_up: Array,
+        params: MoEParams,
+        plan: DispatchPlan,
+        topk_weights: Array,
+        cfg: MoEConfig,
+        *,
+        out: MoEParams | None = None,
+        accumulate: bool = False,
+    ) -> ExpertGrads:
+        """Return the gradients of x, of the weights and of the expert parameters."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """The contract of a backend. Subclass `ReferenceBackend`; override what you make faster.
+
+    Shapes and meanings of the verbs are those of `npmoe.ops` and `npmoe.routing`. A backend may
+    also be a `FusedExperts`; the layer then calls that pair instead of the single verbs.
 
     Attributes
     ----------

@@ -8,7 +8,6 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ ENVIRONMENT_VARIABLE = "NPMOE_BACKEND"
 
 # A literal table, so that these names work from a bare clone.
 _FIRST_PARTY = {
+    "reference": "npmoe.backends.reference:ReferenceBackend",
     "numpy": "npmoe.backends.numpy_backend:NumpyBackend",
     "loopback": "accel.loopback:LoopbackBackend",
 }
@@ -118,6 +118,8 @@ def _availability(name: str) -> Availability:
 
 def _targets() -> dict[str, str]:
     """Return name -> "module:Class" of ours and of installed third parties."""
+    from importlib.metadata import entry_points  # noqa: PLC0415  # slow to import
+
     targets = dict(_FIRST_PARTY)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if targets.get(point.name, point.value) != point.value:

@@ -141,11 +141,11 @@ def mlp_backward(
     """
     act, rows = _check("mlp_backward", x, params, activation, grad_y=grad_y, gate_up=gate_up)
     grad_rows = grad_y.reshape(rows.shape)
-    grad_act, grad_down, grad_down_bias = ops.linear_backward(
-        grad_rows, act.forward(gate_up), params.down_proj, params.down_bias
-    )
+    hidden, grad_pre = act.recompute_and_backward(grad_rows @ params.down_proj, gate_up)
+    grad_down = grad_rows.T @ hidden
+    grad_down_bias = None if params.down_bias is None else grad_rows.sum(axis=0)
     grad_x, grad_gate_up, grad_gate_up_bias = ops.linear_backward(
-        act.backward(grad_act, gate_up), rows, params.gate_up_proj, params.gate_up_bias
+        grad_pre, rows, params.gate_up_proj, params.gate_up_bias
     )
     return grad_x.reshape(x.shape), MLPParams(
         gate_up_proj=grad_gate_up,

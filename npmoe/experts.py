@@ -1,0 +1,84 @@
+"""The expert core composed from single verbs: eq. (3) to (11) of `npmoe.layer`.
+
+Backends that offer the fused pair (`npmoe.backends.FusedExperts`) are held to these two functions.
+"""
+
+from __future__ import annotations
+
+from npmoe._typing import Array
+from npmoe.backends import Backend, ExpertGrads
+from npmoe.config import MoEConfig
+from npmoe.dispatch import DispatchPlan
+from npmoe.params import MoEParams
+
+
+def compose_forward(
+    run: Backend,
+    x: Array,
+    params: MoEParams,
+    plan: DispatchPlan,
+    topk_weights: Array,
+    cfg: MoEConfig,
+) -> tuple[Array, Array]:
+    """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5)."""
+    rows = run.gather_rows(x, plan)  # (R, H)
+    gate_up = run.grouped_gemm(rows, params.gate_up_proj, plan, bias=params.gate_up_bias)
+    act = run.activation(gate_up, cfg)  # (R, I)
+    y_sorted = run.grouped_gemm(act, params.down_proj, plan, bias=params.down_bias)
+    return run.combine_rows(y_sorted, plan, topk_weights=topk_weights), gate_up
+
+
+def compose_backward(
+    run: Backend,
+    grad_output: Array,
+    x: Array,
+    gate_up: Array,
+    params: MoEParams,
+    plan: DispatchPlan,
+    topk_weights: Array,
+    cfg: MoEConfig,
+    *,
+    out: MoEParams | None = None,
+    accumulate: bool = False,
+) -> ExpertGrads:
+    """Return the gradients of the expert core; eq. (6) to (11), without the router's share."""
+    rows = run.gather_rows(x, plan)
+    grad_rows = run.gather_rows(grad_output, plan)
+    act = run.activation(gate_up, cfg)  # recomputed, eq. (4)
+    unweighted = run.grouped_gemm(grad_rows, params.down_proj, plan, transposed=True)  # eq. (6)
+    grad_weights = run.row_dot(unweighted, act, plan)  # eq. (7)
+    weighted = run.scale_rows(grad_rows, plan, topk_weights)
+    grad_down_bias = None
+    if params.down_bias is not None:
+        bias_rows = run.spread_experts(params.down_bias, plan)
+        grad_weights = run.add(grad_weights, run.row_dot(grad_rows, bias_rows, plan))
+        grad_down_bias = run.store(
+            run.segment_sum(weighted, plan), target(out, "down_bias"), accumulate
+        )
+    grad_down = run.grouped_gemm_wgrad(
+        act, weighted, plan, out=target(out, "down_proj"), accumulate=accumulate
+    )  # eq. (8)
+    grad_act = run.scale_rows(unweighted, plan, topk_weights)
+    grad_gate_up = run.activation_backward(grad_act, gate_up, cfg)  # eq. (9)
+    grad_gate_up_bias = None
+    if params.gate_up_bias is not None:
+        grad_gate_up_bias = run.store(
+            run.segment_sum(grad_gate_up, plan), target(out, "gate_up_bias"), accumulate
+        )
+    grad_gate_up_proj = run.grouped_gemm_wgrad(
+        rows, grad_gate_up, plan, out=target(out, "gate_up_proj"), accumulate=accumulate
+    )  # eq. (10)
+    grad_x = run.grouped_gemm(grad_gate_up, params.gate_up_proj, plan, transposed=True)
+    return ExpertGrads(
+        hidden_states=run.combine_rows(grad_x, plan),  # eq. (11)
+        topk_weights=grad_weights,
+        gate_up_proj=grad_gate_up_proj,
+        down_proj=grad_down,
+        gate_up_bias=grad_gate_up_bias,
+        down_bias=grad_down_bias,
+    )
+
+
+def target(out: MoEParams | None, field: str) -> Array | None:
+    """Return the caller's array for one gradient, if there is one."""
+    return None if out is None else getattr(out, field)
