@@ -153,6 +153,13 @@ def causal_attention_backward(
     shape = _check("causal_attention_backward", q, k, v, grad_out)
     batch, kv_heads, groups, length, size = shape
     num_keys = k.shape[2]
+    probs_keys = probs.blocks[-1].shape[-1] if probs.blocks else num_keys
+    if (probs.out.shape, probs_keys) != (shape, num_keys):
+        raise ShapeError(
+            f"causal_attention_backward: probs must have (B, Hkv, G, L, D) = {shape} and "
+            f"S = {num_keys}, got {probs.out.shape} and {probs_keys}. The letters are bound by "
+            "q and k. Pass what their own forward returned."
+        )
     scale = q.dtype.type(1 / math.sqrt(size))
     if out is None:
         out = (np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype), np.empty(v.shape, v.dtype))
@@ -179,7 +186,7 @@ def causal_attention_backward(
         grad_logits *= block
         queries = _gather_queries(q, start, stop, scale)
         grad_k[:, :, :end] += grad_logits.swapaxes(-1, -2) @ queries
-        grad_queries = (grad_logits @ k[:, :, :end]).reshape(batch, -1, rows, size)
+        grad_queries = (grad_logits @ k[:, :, :end]).reshape(batch, kv_heads * groups, rows, size)
         np.multiply(grad_queries, scale, out=grad_q[:, :, start:stop])
     return out
 

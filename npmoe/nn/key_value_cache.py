@@ -48,10 +48,8 @@ class KeyValueCache:
         RangeError
             If they do not fit; nothing is stored then.
         """
-        batch, kv_heads, _, size = self._keys.shape
         inputs = Inputs("KeyValueCache.append")
-        inputs.axes.bind("the cache", B=batch, Hkv=kv_heads, D=size)
-        inputs.check("keys", self._keys, "B", "Hkv", "C", "D")
+        inputs.check("the cache", self._keys, "B", "Hkv", "C", "D")
         inputs.check("k", k, "B", "Hkv", "L", "D")
         inputs.check("v", v, "B", "Hkv", "L", "D")
         stop = self.length + k.shape[2]

@@ -88,5 +88,5 @@ def test_mixed_dtypes():
         r"Convert one of them with astype\.$",
     ):
         linear(np.ones((2, 4), "f4"), np.ones((3, 4)))
-    with pytest.raises(DTypeError, match="^linear: weight must have dtype float32 or float64"):
+    with pytest.raises(DTypeError, match=r"^linear: weight must have dtype float32 or float64"):
         linear(np.ones((2, 4), int), np.ones((3, 4), int))

@@ -129,7 +129,7 @@ def test_eps_must_be_positive(eps):
         match=rf"^rms_norm: eps must be finite and positive, got {eps}\. Rows may be zero\.$",
     ):
         rms_norm(np.ones((2, 3)), np.ones(3), eps)
-    with pytest.raises(RangeError, match="^layer_norm: eps"):
+    with pytest.raises(RangeError, match=r"^layer_norm: eps"):
         layer_norm(np.ones((2, 3)), np.ones(3), np.ones(3), eps)
 
 
@@ -144,5 +144,5 @@ def test_wrong_shapes_and_dtypes():
         layer_norm(np.ones((2, 3)), np.ones(3), np.ones(4))
     with pytest.raises(ShapeError, match=r"^rms_norm_backward: grad_y must have shape \(2, N\)"):
         rms_norm_backward(np.ones((3, 3)), np.ones((2, 3)), np.ones(3))
-    with pytest.raises(DTypeError, match="^layer_norm_backward: grad_y must have dtype float64"):
+    with pytest.raises(DTypeError, match=r"^layer_norm_backward: grad_y must have dtype float64"):
         layer_norm_backward(np.ones((2, 3), "f4"), np.ones((2, 3)), np.ones(3), np.ones(3))

@@ -107,7 +107,7 @@ def test_bad_inputs():
         r"got \(2, 1, 3, 8\)\. L, P are bound by cos \(4, 4\)\.$",
     ):
         apply_rotary(np.ones((2, 1, 3, 8), "f4"), cos, sin)
-    with pytest.raises(ShapeError, match="^apply_rotary_backward: grad_y must have shape"):
+    with pytest.raises(ShapeError, match=r"^apply_rotary_backward: grad_y must have shape"):
         apply_rotary_backward(np.ones((2, 1, 4, 7), "f4"), cos, sin)
-    with pytest.raises(DTypeError, match="^apply_rotary: x must have dtype float32, got float64"):
+    with pytest.raises(DTypeError, match=r"^apply_rotary: x must have dtype float32, got float64"):
         apply_rotary(np.ones((2, 1, 4, 8)), cos, sin)
