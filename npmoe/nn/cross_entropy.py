@@ -79,7 +79,7 @@ def cross_entropy_backward(
     ------
     ShapeError, DTypeError, RangeError
     """
-    counted, picked = _check("cross_entropy_backward", logits, targets, mask)
+    counted, picked = _check("cross_entropy_backward", logits, targets, mask, log_sum_exp)
     grad_logits = np.empty(logits.shape, logits.dtype)
     np.subtract(logits, log_sum_exp[:, None], out=grad_logits, casting="same_kind")
     np.exp(grad_logits, out=grad_logits)
@@ -91,13 +91,17 @@ def cross_entropy_backward(
 
 
 def _check(
-    function: str, logits: HostArray, targets: HostArray, mask: HostArray | None
+    function: str,
+    logits: HostArray,
+    targets: HostArray,
+    mask: HostArray | None,
+    log_sum_exp: HostArray | None = None,
 ) -> tuple[int, HostArray]:
     """Check all arrays; return how many positions count and the targets' places in logits."""
     Inputs(function).check("logits", logits, "T", "V")
     num_tokens, num_classes = logits.shape
     check_integer_ids(function, "targets", targets)
-    for name, array in (("targets", targets), ("mask", mask)):
+    for name, array in (("targets", targets), ("mask", mask), ("log_sum_exp", log_sum_exp)):
         if array is not None and array.shape != (num_tokens,):
             raise ShapeError(
                 f"{function}: {name} must have shape (T,) = ({num_tokens},), got {array.shape}. "

@@ -34,6 +34,9 @@ def test_load_balance_depends_on_the_routing() -> None:
     logits = np.log([[0.5, 0.3, 0.2]])
     values = [load_balancing_loss(logits, np.array([[e]]))[0] for e in range(3)]
     np.testing.assert_allclose(values, [1.5, 0.9, 0.6], rtol=1e-15)
+    # An id of -1 is nobody's, not the last expert's.
+    value = load_balancing_loss(logits, np.array([[0, -1]]))[0]
+    np.testing.assert_allclose(value, 0.75, rtol=1e-15)
 
 
 def test_a_never_chosen_expert_still_has_a_gradient() -> None:

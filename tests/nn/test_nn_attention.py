@@ -10,7 +10,7 @@ from npmoe.testing.bounds import assert_within, gamma
 # B, Hq, Hkv, L, S, D
 SHAPES = [
     (1, 1, 1, 1, 1, 2),
-    (2, 3, 3, 5, 5, 4),
+    (2, 2, 2, 4, 4, 3),
     (1, 4, 2, 4, 7, 3),  # grouped heads, earlier keys
     (2, 2, 1, 1, 6, 5),  # one query, as in decoding
     (1, 2, 1, 71, 71, 4),  # three blocks, the last one partial

@@ -16,7 +16,7 @@ from npmoe.testing.balls import Ball, Model
 from npmoe.testing.bounds import assert_within
 
 # B, L, H, Hq, Hkv
-SHAPES = [(1, 1, 4, 1, 1), (2, 5, 8, 4, 2), (1, 4, 12, 2, 2), (2, 3, 12, 3, 1)]
+SHAPES = [(1, 1, 4, 1, 1), (1, 4, 4, 2, 1), (2, 5, 8, 4, 2), (1, 4, 12, 2, 2), (2, 3, 12, 3, 1)]
 
 
 def drawn(shape, dtype="float64", seed=0):
@@ -117,8 +117,9 @@ def test_gradients(shape):
         return grad_x, grads.qkv_proj, grads.output_proj
 
     args = (x, params.qkv_proj, params.output_proj)
-    report = gradcheck(f, f_backward, args, names=("x", "qkv_proj", "output_proj"))
-    assert max(report.elementwise.values()) < 1e-8
+    small = params.qkv_proj.size <= 64
+    report = gradcheck(f, f_backward, args, elementwise=small, directions=5)
+    assert max(report.directional.values()) < 1e-7
 
 
 def test_gradients_keep_float32_and_inputs_are_left_alone():
