@@ -146,9 +146,7 @@ def _on_device(function: Callable[..., Any], *args: Any, raw: bool = False, **kw
             f"loopback: arithmetic must happen inside a verb of the backend, got {name}. "
             "Make it a verb, or move the array with backend.asnumpy(x)."
         )
-    result = function(
-        *(_unwrap(a) for a in args), **{key: _unwrap(v) for key, v in kwargs.items()}
-    )
+    result = function(*(_unwrap(a) for a in args), **{key: _unwrap(v) for key, v in kwargs.items()})
     return result if raw else _wrap(result)
 
 

@@ -249,7 +249,9 @@ def _default(name: str) -> Any:
 
 def _check_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise RangeError(f"MoEConfig: {name} must be an integer of at least {least}, got {value!r}.")
+        raise RangeError(
+            f"MoEConfig: {name} must be an integer of at least {least}, got {value!r}."
+        )
 
 
 def _exact(name: str, value: object) -> Fraction:

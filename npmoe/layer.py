@@ -163,7 +163,9 @@ def moe_forward(
     )
     if cfg.renormalize_drop == "after":
         routing = replace(routing, topk_weights=run.renormalize_kept(routing.topk_weights, plan))
-    forward = run.experts_forward if isinstance(run, FusedExperts) else partial(compose_forward, run)
+    forward = (
+        run.experts_forward if isinstance(run, FusedExperts) else partial(compose_forward, run)
+    )
     output, gate_up = forward(x, params, plan, routing.topk_weights, cfg)  # eq. (3) to (5)
     output = output.reshape(shape)
     if not save:

@@ -47,9 +47,7 @@ def load_balancing_loss(
     Fedus et al. 2021, "Switch Transformers", eq. 4-6.
     """
     if convention != "switch":
-        raise RangeError(
-            f"load_balancing_loss: convention must be 'switch', got {convention!r}."
-        )
+        raise RangeError(f"load_balancing_loss: convention must be 'switch', got {convention!r}.")
     probs = routing.probs
     xp = array_namespace(probs)
     num_experts, top_k = probs.shape[1], routing.topk_ids.shape[1]

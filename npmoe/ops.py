@@ -97,7 +97,12 @@ def row_dot(rows_a: Array, rows_b: Array, plan: DispatchPlan) -> Array:
 
 
 def grouped_gemm(
-    x: Array, weight: Array, plan: DispatchPlan, *, bias: Array | None = None, transposed: bool = False
+    x: Array,
+    weight: Array,
+    plan: DispatchPlan,
+    *,
+    bias: Array | None = None,
+    transposed: bool = False,
 ) -> Array:
     """Multiply each expert's rows by that expert's matrix.
 
@@ -132,7 +137,12 @@ def grouped_gemm(
 
 
 def grouped_gemm_wgrad(
-    x: Array, grad_y: Array, plan: DispatchPlan, *, out: Array | None = None, accumulate: bool = False
+    x: Array,
+    grad_y: Array,
+    plan: DispatchPlan,
+    *,
+    out: Array | None = None,
+    accumulate: bool = False,
 ) -> Array:
     """Return every expert's weight gradient ``grad_y[rows].T @ x[rows]`` (E, M, N).
 

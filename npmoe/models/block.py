@@ -52,7 +52,7 @@ class SublayerSaved:
     """What enters the norm, what dropout kept, and what the sublayer itself saved."""
 
     norm_input: HostArray
-    dropout_mask: HostArray
+    dropout_mask: HostArray | None
     inner: Any
 
 
@@ -93,6 +93,18 @@ def norm_backward(
         return grad_x, NormParams(weight=grad_weight)
     grad_x, grad_weight, grad_bias = nn.layer_norm_backward(grad_y, x, params.weight, params.bias)
     return grad_x, NormParams(weight=grad_weight, bias=grad_bias)
+
+
+def drop(
+    x: HostArray, p: float, rng: np.random.Generator | None
+) -> tuple[HostArray, HostArray | None]:
+    """Apply dropout; without any, return x itself and None instead of a mask."""
+    return (x, None) if rng is None or p == 0 else nn.dropout(x, p, rng)
+
+
+def drop_backward(grad_y: HostArray, mask: HostArray | None, p: float) -> HostArray:
+    """Return the gradient of x; grad_y itself without dropout."""
+    return grad_y if mask is None else nn.dropout_backward(grad_y, mask, p)
 
 
 def feed_forward(
@@ -267,7 +279,7 @@ def _sublayer(
     """Put norm, dropout and the residual around a sublayer."""
     pre = cfg.norm_position == "pre"
     update, inner = function(norm(x, norm_params) if pre else x)
-    update, mask = nn.dropout(update, p, rng)
+    update, mask = drop(update, p, rng)
     total = x + update
     if pre:
         return total, SublayerSaved(x, mask, inner)
@@ -285,12 +297,12 @@ def _sublayer_backward(
     """Return the gradients of x, of the norm and of the sublayer's parameters."""
     if cfg.norm_position == "pre":
         grad_hidden, grad_params = function_backward(
-            nn.dropout_backward(grad_y, saved.dropout_mask, p), saved.inner
+            drop_backward(grad_y, saved.dropout_mask, p), saved.inner
         )
         grad_hidden, grad_norm = norm_backward(grad_hidden, saved.norm_input, norm_params)
         return grad_y + grad_hidden, grad_norm, grad_params
     grad_total, grad_norm = norm_backward(grad_y, saved.norm_input, norm_params)
     grad_hidden, grad_params = function_backward(
-        nn.dropout_backward(grad_total, saved.dropout_mask, p), saved.inner
+        drop_backward(grad_total, saved.dropout_mask, p), saved.inner
     )
     return grad_total + grad_hidden, grad_norm, grad_params

@@ -17,6 +17,8 @@ from npmoe.models.block import (
     NormParams,
     block,
     block_backward,
+    drop,
+    drop_backward,
     init_block,
     init_norm,
     norm,
@@ -52,7 +54,7 @@ class LanguageSaved:
     """What the backward pass of the model needs."""
 
     ids: HostArray
-    embedding_dropout: HostArray
+    embedding_dropout: HostArray | None
     dropout: float
     blocks: tuple[BlockSaved, ...]
     last_hidden: HostArray
@@ -149,7 +151,7 @@ def language_forward(
         )
     p = cfg.dropout if rng is not None else 0.0
     moe = cfg.moe if moe is None else moe
-    x, embedding_mask = nn.dropout(nn.embedding(ids, params.embedding), p, rng)
+    x, embedding_mask = drop(nn.embedding(ids, params.embedding), p, rng)
     saved_blocks = []
     for layer, block_params in enumerate(params.blocks):
         x, saved = block(
@@ -219,7 +221,7 @@ def language_backward(
             out=target if isinstance(target, MoEParams) else None,
         )
         grad_blocks.append(grad_block)
-    grad_x = nn.dropout_backward(grad_x, saved.embedding_dropout, saved.dropout)
+    grad_x = drop_backward(grad_x, saved.embedding_dropout, saved.dropout)
     grad_embedding = nn.embedding_backward(grad_x, saved.ids, params.embedding.shape[0])
     if params.head is None:
         grad_embedding += grad_head
