@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
+
 from npmoe._typing import HostArray
 from npmoe.backends import Availability, ReferenceBackend
 from npmoe.errors import DTypeError
@@ -90,6 +91,8 @@ class LoopbackArray:
     __array_ufunc__ = None
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # __array_interface__ and the like would convert silently
+            raise AttributeError(name)
         attribute = getattr(self._host, name)
         if callable(attribute):
             return functools.partial(_on_device, attribute)

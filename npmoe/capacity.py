@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 from npmoe._typing import Array, array_namespace
 from npmoe.config import MoEConfig
 from npmoe.dispatch import DispatchPlan
+
+_ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "round": round,
+}
 
 
 def expert_capacity(num_tokens: int, cfg: MoEConfig) -> int | None:
@@ -47,12 +54,11 @@ def expert_capacity(num_tokens: int, cfg: MoEConfig) -> int | None:
         return None
     per_token = cfg.top_k if cfg.capacity_count_top_k else 1
     share = num_tokens * per_token * Fraction(cfg.capacity_factor) / cfg.num_experts
-    rounding = {"ceil": math.ceil, "floor": math.floor, "round": round}[cfg.capacity_rounding]
-    rows = max(cfg.min_capacity, rounding(share))
+    rows = max(cfg.min_capacity, _ROUNDINGS[cfg.capacity_rounding](share))
     return -(-rows // cfg.capacity_multiple) * cfg.capacity_multiple
 
 
-def renormalize_kept(topk_weights: Array, plan: DispatchPlan) -> Array:
+def renormalize_kept(topk_weights: Array, plan: DispatchPlan, *, scale: float = 1.0) -> Array:
     """Divide each token's kept weights by their sum; dropped ones become 0.
 
     Parameters
@@ -61,11 +67,13 @@ def renormalize_kept(topk_weights: Array, plan: DispatchPlan) -> Array:
         Weights as they stood at the drop.
     plan : DispatchPlan
         Its `row_ids` say what was kept.
+    scale : float
+        Multiplies the result: the config's routed_scaling_factor.
 
     Returns
     -------
     (T, K) float array
-        New; a lone survivor gets 1, a token without survivors 0 everywhere.
+        New; a lone survivor gets `scale`, a token without survivors 0 everywhere.
 
     References
     ----------
@@ -73,7 +81,9 @@ def renormalize_kept(topk_weights: Array, plan: DispatchPlan) -> Array:
     """
     xp = array_namespace(topk_weights)
     kept = xp.where(plan.row_ids >= 0, topk_weights, xp.zeros_like(topk_weights))
-    return divide_by_sum(kept)
+    weights = divide_by_sum(kept)
+    weights *= scale
+    return weights
 
 
 def divide_by_sum(weights: Array) -> Array:

@@ -50,6 +50,8 @@ class MoEConfig:
     renormalize : bool
         Divide the chosen weights by their sum. Without meaning for "topk_score", whose weights
         sum to 1 already.
+    routed_scaling_factor : float
+        Multiplies the combine weights, after any normalisation.
     router_noise_std : float
         Standard deviation of Gaussian noise added to the router logits when a generator is given.
     router_bias : bool
@@ -98,6 +100,7 @@ class MoEConfig:
     # routing
     router_order: RouterOrder = "score_topk"
     renormalize: bool = False
+    routed_scaling_factor: float = 1.0
     router_noise_std: float = 0.0
     router_bias: bool = False
     nan_policy: NanPolicy = "raise"
@@ -140,9 +143,14 @@ class MoEConfig:
             if value is not None:
                 object.__setattr__(self, name, _exact(name, value))
         noise = self.router_noise_std
-        if not (isinstance(noise, int | float) and math.isfinite(noise) and noise >= 0):
+        if not (_is_finite(noise) and noise >= 0):
             raise RangeError(
                 f"MoEConfig: router_noise_std must be finite and not negative, got {noise!r}."
+            )
+        scale = self.routed_scaling_factor
+        if not (_is_finite(scale) and scale > 0):
+            raise RangeError(
+                f"MoEConfig: routed_scaling_factor must be finite and positive, got {scale!r}."
             )
         self._check_contradictions()
 
@@ -177,6 +185,19 @@ class MoEConfig:
             raise RangeError(
                 "MoEConfig: renormalize_drop must stay 'before' without renormalize=True, "
                 "got 'after'. There is no normalisation to move."
+            )
+        if self.top_k == 1 and not self.capacity_count_top_k:
+            raise RangeError(
+                "MoEConfig: capacity_count_top_k must stay True with top_k=1, got False. "
+                "It would do nothing."
+            )
+        normalised = self.router_order == "topk_score" or (
+            self.renormalize and self.renormalize_drop == "before"
+        )
+        if self.drop_policy == "probability" and self.top_k == 1 and normalised:
+            raise RangeError(
+                "MoEConfig: drop_policy must stay 'position' with top_k=1 and weights normalised "
+                "before the drop, got 'probability'. All weights are 1, so it would do nothing."
             )
 
     @property
@@ -254,11 +275,15 @@ def _check_int(name: str, value: object, least: int) -> None:
         )
 
 
-def _exact(name: str, value: object) -> Fraction:
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
+
+
+def _exact(name: str, value: Any) -> Fraction:
     """Return a capacity factor as a positive Fraction; a float means its shortest decimal."""
     try:
-        exact = Fraction(repr(value)) if isinstance(value, float) else Fraction(value)  # type: ignore[arg-type]
-    except (ValueError, TypeError, ZeroDivisionError):
+        exact = Fraction(repr(float(value)) if isinstance(value, float) else value)
+    except (ValueError, TypeError, ArithmeticError):
         exact = None
     if exact is None or exact <= 0 or isinstance(value, bool):
         raise RangeError(

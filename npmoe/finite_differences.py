@@ -353,5 +353,4 @@ def _fingerprint(decisions: Any) -> object:
     """Return a value that equals another's exactly where all decisions are equal."""
     if isinstance(decisions, tuple | list):
         return tuple(_fingerprint(d) for d in decisions)
-    array = np.asarray(decisions)
-    return array.shape, array.tobytes()
+    return np.asarray(decisions).tobytes()

@@ -16,7 +16,7 @@ Backward, with g_t = grad_output[t]::
     grad_z_r = act'(z_r) applied to w_tk u_r                                           (9)
     grad_W1_e = sum over rows of e of grad_z_r h_t^T;     grad_b1_e = sum grad_z_r     (10)
     grad_h_t = sum over k of W1_e^T grad_z_r + W_r^T grad_x_t                          (11)
-    grad_p = (grad_w - <grad_w, w>) / D    with D the sum that w was divided by        (12)
+    grad_p = (grad_w - <grad_w, w>/s) s/D  with w = s p / D, D the sum divided by      (12)
     grad_x_t = p (grad_p - <grad_p, p>) + grad_router_logits[t]                        (13)
     grad_W_r = sum over t of grad_x_t h_t^T;     grad_b_r = sum over t of grad_x_t     (14)
 
@@ -149,7 +149,7 @@ def moe_forward(
         token_mask=mask,
         topk_ids=replay,
         rng=rng,
-        sequence_length=shape[-2] if len(shape) > 1 else 1,
+        sequence_length=shape[-2],
     )  # eq. (2)
     num_valid = num_tokens
     if cfg.has_capacity and routing.token_mask is not None:
@@ -162,7 +162,8 @@ def moe_forward(
         topk_weights=routing.topk_weights,
     )
     if cfg.renormalize_drop == "after":
-        routing = replace(routing, topk_weights=run.renormalize_kept(routing.topk_weights, plan))
+        weights = run.renormalize_kept(routing.topk_weights, plan, scale=cfg.routed_scaling_factor)
+        routing = replace(routing, topk_weights=weights)
     forward = (
         run.experts_forward if isinstance(run, FusedExperts) else partial(compose_forward, run)
     )
@@ -183,7 +184,7 @@ def moe_forward(
 
 def moe_backward(
     grad_output: Array,
-    saved: SavedTensors,
+    saved: SavedTensors | None,
     params: MoEParams,
     grad_router_logits: Array | None = None,
     out: MoEParams | None = None,
@@ -226,7 +227,10 @@ def moe_backward(
     **Order**: as in the forward pass.
     """
     name = "moe_backward"
+    if saved is None:
+        raise RangeError(f"{name}: saved must come from a forward pass with save=True, got None.")
     run, cfg, plan, routing = saved.backend, saved.cfg, saved.plan, saved.routing
+    check_params(name, params, cfg, saved.hidden_states.dtype, "hidden_states")
     _check_gradients(name, grad_output, saved, grad_router_logits)
     if accumulate and out is None:
         raise RangeError(f"{name}: accumulate must come with out, got out=None. Nothing to add to.")
@@ -301,7 +305,7 @@ def _flat_ids(
     name: str, topk_ids: Array, shape: tuple[int, ...], cfg: MoEConfig, run: Backend
 ) -> Array:
     check_integer_ids(name, "topk_ids", topk_ids)
-    if tuple(topk_ids.shape[:-1]) != shape[:-1] or topk_ids.ndim < 2:
+    if tuple(topk_ids.shape[:-1]) != shape[:-1] or topk_ids.shape[-1] < 1:
         raise ShapeError(
             f"{name}: topk_ids must have shape (..., K) = {(*shape[:-1], cfg.top_k)}, got "
             f"{tuple(topk_ids.shape)}. The leading axes are bound by hidden_states {shape}."

@@ -84,7 +84,7 @@ def init_params(
     """
     if dtype not in ("float32", "float64"):
         raise DTypeError(f"init_params: dtype must be 'float32' or 'float64', got {dtype!r}.")
-    E, H, I = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size  # noqa: N806
+    E, H, I = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
     wide = cfg.gate_up_size
     if isinstance(rng, np.random.Generator):
         rng = int(rng.integers(2**63))
@@ -134,10 +134,9 @@ def check_params(
             state = "an array" if array is None else "None"
             got = "None" if array is None else "an array"
             option = "router_bias" if name == "router_bias" else "expert_bias"
-            raise ShapeError(
-                f"{function}: {label}.{name} must be {state}, got {got}. "
-                f"cfg.{option} is {getattr(cfg, option)}."
-            )
+            is_bias = name.endswith("bias")
+            why = f"cfg.{option} is {getattr(cfg, option)}." if is_bias else "Every config has it."
+            raise ShapeError(f"{function}: {label}.{name} must be {state}, got {got}. {why}")
         if array is not None:
             check_float(function, f"{label}.{name}", array)
             axes.check(f"{label}.{name}", array, *expected[name])

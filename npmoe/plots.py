@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from npmoe._typing import HostArray
 from npmoe.errors import BackendUnavailableError
 from npmoe.training.data import CHARACTER_CLASSES, character_class
+from npmoe.training.files import write_bytes_atomic
 
 
 def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
@@ -26,6 +28,8 @@ def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
     ------
     BackendUnavailableError
         If matplotlib is not installed.
+    CheckpointError
+        If the file cannot be written; an earlier picture is intact.
     """
     figure, axes = _figure(2, 2, (10, 6.5))
     steps = [r["step"] for r in records]
@@ -46,10 +50,14 @@ def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
     norm = rate.twinx()
     norm.plot(steps, [r["grad_norm"] for r in records], lw=0.7, color="tab:gray")
     norm.set(ylabel="gradient norm (gray)", yscale="log")
-    imbalance.plot(steps, [r["load_imbalance"] for r in records], color="tab:red")
-    imbalance.set(title="Load imbalance", ylabel="MaxVio, mean over layers", ylim=(0, None))
-    drops.plot(steps, [100 * r["drop_rate"] for r in records], color="tab:purple")
-    drops.set(title="Dropped routes", ylabel="%", ylim=(0, None))
+    values = [r["load_imbalance"] for r in records]
+    imbalance.plot(steps, values, color="tab:red")
+    top = max(0.1, 1.05 * max(values, default=0.0))
+    imbalance.set(title="Load imbalance", ylabel="MaxVio, mean over layers", ylim=(0, top))
+    values = [100 * r["drop_rate"] for r in records]
+    drops.plot(steps, values, color="tab:purple")
+    top = max(1.0, 1.05 * max(values, default=0.0))
+    drops.set(title="Dropped routes", ylabel="%", ylim=(0, top))
     for axis in axes.ravel():
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -80,6 +88,8 @@ def plot_experts(
     ------
     BackendUnavailableError
         If matplotlib is not installed.
+    CheckpointError
+        If the file cannot be written; an earlier picture is intact.
     """
     layers, _, num_experts = served.shape
     class_ids = np.array([CHARACTER_CLASSES.index(character_class(c)) for c in characters])
@@ -95,7 +105,7 @@ def plot_experts(
             aspect="auto",
             vmin=0,
             vmax=max(2 / num_experts, float(load.max())),
-            extent=(steps[0], steps[-1], num_experts - 0.5, -0.5),
+            extent=(0, steps[-1], num_experts - 0.5, -0.5),
             interpolation="nearest",
         )
         over_time.set(title=f"MoE layer {layer}: share of choices", xlabel="step", ylabel="expert")
@@ -124,4 +134,6 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, An
 
 
 def _save(figure: Any, path: str | Path) -> None:
-    figure.savefig(Path(path), dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format="png")
+    write_bytes_atomic(path, picture.getvalue(), function="plots", noun="picture")

@@ -104,11 +104,11 @@ def route(
         # A clamped row has zero probability everywhere, so its tie gives ids 0..K-1.
         key = logits if cfg.router_order == "topk_score" else probs
         ids = stable_topk(key, cfg.top_k)
-        if keep is not None:
-            ids = xp.where(keep[:, None], ids, -1)
     else:
-        ids = topk_ids if keep is None else xp.where(keep[:, None], topk_ids, -1)
+        ids = topk_ids
     ids = ids.astype(xp.int32)
+    if keep is not None:
+        ids = xp.where(keep[:, None], ids, -1)
     chosen_by = keep if topk_ids is None else ids
     weights = _weights(logits, probs, ids, cfg, valid, padded=chosen_by is not None)
     return Routing(
@@ -202,12 +202,16 @@ def _weights(
         largest = chosen.max(axis=1, keepdims=True)
         chosen = xp.exp(chosen - xp.where(xp.isfinite(largest), largest, 0.0))
         weights = divide_by_sum(chosen)
+        weights *= cfg.routed_scaling_factor
         return weights if valid is None else xp.where(valid[:, None], weights, 0.0)
     weights = _take(probs, ids)
     if padded:
         weights = xp.where(ids >= 0, weights, xp.zeros_like(weights))
-    if cfg.renormalize and cfg.renormalize_drop == "before":
+    if cfg.renormalize_drop == "after":
+        return weights  # normalised and scaled once it is known what was kept
+    if cfg.renormalize:
         weights = divide_by_sum(weights)
+    weights *= cfg.routed_scaling_factor
     return weights
 
 
@@ -222,8 +226,8 @@ def route_backward(
 ) -> Array:
     """Return the gradient of the router logits.
 
-    With p = softmax(x) and w = p_chosen / D: ``grad_p = (grad_w - <grad_w, w>) / D`` on the
-    chosen, ``grad_x = p * (grad_p - <grad_p, p>)``; eq. (12) and (13) of `npmoe.layer`.
+    With p = softmax(x) and w = s * p_chosen / D: ``grad_p = (grad_w - <grad_w, w> / s) * s / D``
+    on the chosen, ``grad_x = p * (grad_p - <grad_p, p>)``; eq. (12) and (13) of `npmoe.layer`.
 
     Parameters
     ----------
@@ -246,9 +250,10 @@ def route_backward(
     if cfg.router_order == "topk_score":
         weights = routing.topk_weights
         inner = (grad_topk_weights * weights).sum(axis=1, keepdims=True)
+        inner /= cfg.routed_scaling_factor
         return _scatter(xp.zeros_like(probs), ids, weights * (grad_topk_weights - inner))
     chosen = xp.where(ids >= 0, _take(probs, ids), xp.zeros_like(grad_topk_weights))
-    grad = grad_topk_weights
+    grad = grad_topk_weights * cfg.routed_scaling_factor
     if cfg.renormalize:
         if cfg.renormalize_drop == "after":
             if plan is None:

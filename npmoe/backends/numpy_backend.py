@@ -140,4 +140,5 @@ def _blocks(plan: DispatchPlan) -> Iterator[tuple[int, slice]]:
 
 def _gather(x: HostArray, plan: DispatchPlan, rows: slice) -> HostArray:
     """Return the tokens of some rows; ids are in range by construction, so nothing is checked."""
-    return np.take(x, plan.token_ids[rows], axis=0, mode="clip")
+    taken: HostArray = np.take(x, plan.token_ids[rows], axis=0, mode="clip")
+    return taken

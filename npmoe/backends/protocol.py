@@ -146,7 +146,9 @@ class Backend(Protocol):
     ) -> DispatchPlan:
         """Sort routes by expert, drop what exceeds the capacity."""
 
-    def renormalize_kept(self, topk_weights: Array, plan: DispatchPlan) -> Array:
+    def renormalize_kept(
+        self, topk_weights: Array, plan: DispatchPlan, *, scale: float = 1.0
+    ) -> Array:
         """Normalise weights over the kept routes."""
 
     def gather_rows(self, x: Array, plan: DispatchPlan) -> Array:

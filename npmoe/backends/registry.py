@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any
 
 from npmoe._version import __version__
@@ -134,6 +132,8 @@ def _targets() -> dict[str, str]:
 def _load(name: str) -> Any:
     targets = _targets()
     if name not in targets:
+        import difflib  # noqa: PLC0415  # slow to import
+
         close = difflib.get_close_matches(name, targets, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise RangeError(
@@ -151,6 +151,8 @@ def _check_accel() -> None:
 
     The name is short, so another package of that name may stand first on the path.
     """
+    from pathlib import Path  # noqa: PLC0415  # slow to import
+
     accel = importlib.import_module("accel")
     marker = getattr(accel, "NPMOE_ACCEL_VERSION", None)
     where = getattr(accel, "__file__", None) or str(list(accel.__path__))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,12 +39,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(sub)
         sub.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # the terminal may lack a character
     try:
         code: int = options.run(options)
     except NpmoeError as error:
-        print(f"npmoe {options.command}: error: {error}", file=sys.stderr)
+        message = str(error).removeprefix(f"{options.command}: ")
+        print(f"npmoe {options.command}: error: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"npmoe {options.command}: interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; the interpreter flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code

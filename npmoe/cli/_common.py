@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from npmoe.errors import DataError
+
+
+def check_json(path: str | None) -> None:
+    """Raise before the work starts if `write_json` could not write after it."""
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise DataError(
+            f"--json must name a file that can be written, got {path}. "
+            "Make its folder, or choose another file."
+        )
 
 
 def write_json(path: str | None, values: dict[str, Any]) -> None:
@@ -28,9 +40,3 @@ def print_table(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"  {label:<{width}}  {value}")
-
-
-def print_text(text: str) -> None:
-    """Print text that the terminal's encoding may not hold."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding))

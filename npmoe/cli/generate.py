@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from npmoe.errors import RangeError
-from npmoe.models.generate import generate
+from npmoe.models import generate, host_backend
 from npmoe.training.data import CharVocabulary
 from npmoe.training.files import RunFolder
 from npmoe.training.loop import load_trained
@@ -35,6 +34,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the continued text as it is drawn."""
     if options.seed < 0:
         raise RangeError(f"generate: seed must not be negative, got {options.seed}.")
+    backend = host_backend("generate", options.backend)
     config, params, _ = load_trained(RunFolder(options.folder))
     vocabulary = CharVocabulary(config.characters)
     ids = generate(
@@ -46,12 +46,10 @@ def run(options: argparse.Namespace) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        backend=options.backend,
+        backend=backend,
     )
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(options.prompt)
+    print(options.prompt, end="")
     for token in ids:
-        sys.stdout.write(vocabulary.decode([token]).encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        print(vocabulary.decode([token]), end="", flush=True)
+    print()
     return 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from npmoe.cli._common import print_table, write_json
+from npmoe.cli._common import check_json, print_table, write_json
 from npmoe.models.gradcheck import gradcheck_model, gradcheck_models
+from npmoe.models.language import host_backend
 
 HELP = "check every hand-written gradient against finite differences"
 DESCRIPTION = (
@@ -28,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the worst relative error of every parameter; 1 if one exceeds the tolerance."""
+    check_json(options.json)
+    backend = host_backend("gradcheck", options.backend)
     found: dict[str, dict[str, float]] = {}
     for title, cfg in gradcheck_models().items():
         errors = gradcheck_model(
-            cfg, seed=options.seed, directions=options.directions, backend=options.backend
+            cfg, seed=options.seed, directions=options.directions, backend=backend
         )
         print(title)
         print_table([(name, _verdict(error)) for name, error in errors.items()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from npmoe import plots
-from npmoe.cli._common import print_table, print_text, write_json
+from npmoe.backends import Backend
+from npmoe.cli._common import check_json, print_table, write_json
 from npmoe.errors import BackendUnavailableError, CheckpointError, RangeError
-from npmoe.models.generate import generate
+from npmoe.models import generate, host_backend
 from npmoe.training import (
     CharVocabulary,
     Progress,
@@ -23,6 +25,7 @@ from npmoe.training import (
     TrainConfig,
     TrainResult,
     python_topics_text,
+    read_config,
     read_log,
     read_text,
     split_text,
@@ -45,6 +48,17 @@ _MODEL_OPTIONS = {
     "context_length": "context_length",
     "batch_size": "batch_size",
     "learning_rate": "learning_rate",
+}
+_LEAST = {
+    "steps": 1,
+    "seed": 0,
+    "threads": 1,
+    "experts": 1,
+    "top_k": 1,
+    "hidden_size": 2,
+    "layers": 1,
+    "context_length": 1,
+    "batch_size": 1,
 }
 
 
@@ -78,9 +92,12 @@ def run(options: argparse.Namespace) -> int:
     """Train, print a summary and a sample, draw the pictures."""
     begin = time.perf_counter()
     # Known before the first step, not after the last.
+    _check_options(options)
+    check_json(options.json)
     _require_packages()
-    threads = _threads(options.threads)
-    folder, config, text = _resume(options) if options.resume else _start(options, threads)
+    backend = host_backend("train", options.backend)
+    threads = min(2, os.cpu_count() or 1) if options.threads is None else options.threads
+    folder, config, text = _resume(options) if options.resume else _start(options, threads, backend)
     _print_plan(config, folder, threads)
     with _ctrl_c() as interrupted, _bar(config) as bar:
         result = train(
@@ -88,26 +105,28 @@ def run(options: argparse.Namespace) -> int:
             text,
             folder,
             threads=threads,
-            backend=options.backend,
+            backend=backend,
             on_step=bar.update,
             should_stop=lambda: bool(interrupted),
         )
     if result.evaluation is None:
         print(
             f"Interrupted after step {result.step} of {config.steps}; everything is saved. "
-            f"Continue with: npmoe train --resume --out {folder.path}",
+            f"Continue with: npmoe train --resume --out {shlex.quote(str(folder.path))}",
             file=sys.stderr,
         )
         return 130
     _draw(config, folder, result)
     summary = _summary(config, result, time.perf_counter() - begin)
     _print_summary(summary, folder)
-    _print_sample(config, text, result, options.backend)
+    _print_sample(config, text, result, backend)
     write_json(options.json, summary)
     return 0
 
 
-def _start(options: argparse.Namespace, threads: int) -> tuple[RunFolder, TrainConfig, str]:
+def _start(
+    options: argparse.Namespace, threads: int, backend: Backend
+) -> tuple[RunFolder, TrainConfig, str]:
     if options.text is None:
         text, source = python_topics_text(), TOPICS
     else:
@@ -134,9 +153,7 @@ def _start(options: argparse.Namespace, threads: int) -> tuple[RunFolder, TrainC
     split_text(ids, config.model.context_length)  # too short a text leaves no folder behind
     folder = RunFolder.create(_next_folder() if options.out is None else options.out)
     if options.seconds is not None:
-        steps = steps_for_seconds(
-            config, text, options.seconds, threads=threads, backend=options.backend
-        )
+        steps = steps_for_seconds(config, text, options.seconds, threads=threads, backend=backend)
         config = with_steps(config, steps)
     return folder, config, text
 
@@ -150,17 +167,11 @@ def _resume(options: argparse.Namespace) -> tuple[RunFolder, TrainConfig, str]:
         changed.append("dense")
     if changed:
         raise CheckpointError(
-            f"train: --{changed[0].replace('_', '-')} must not be given with --resume, got "
+            f"train: {_flag(changed[0])} must not be given with --resume, got "
             f"{getattr(options, changed[0])}. The run keeps the settings it began with."
         )
     folder = RunFolder.open(options.out)
-    try:
-        document = folder.config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"train: {folder.config} must be readable, got {error}. Is it a run folder?"
-        ) from error
-    config = TrainConfig.from_json(document, str(folder.config))
+    config = read_config(folder)
     source = options.text or config.text_source
     return folder, config, python_topics_text() if source == TOPICS else read_text(source)
 
@@ -173,12 +184,20 @@ def _next_folder() -> Path:
     return Path("runs") / str(number)
 
 
-def _threads(given: int | None) -> int:
-    if given is None:
-        return min(2, os.cpu_count() or 1)
-    if given < 1:
-        raise RangeError(f"train: --threads must be at least 1, got {given}.")
-    return given
+def _check_options(options: argparse.Namespace) -> None:
+    """Raise for numbers out of range, under the names that the user knows."""
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise RangeError(f"train: {_flag(name)} must be at least {least}, got {value}.")
+    for name in ("seconds", "learning_rate"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise RangeError(f"train: {_flag(name)} must be positive and finite, got {value}.")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _require_packages() -> None:
@@ -202,7 +221,8 @@ def _ctrl_c() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("\nSaving after this step; once more to stop at once.", file=sys.stderr)
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nSaving after this step; once more to stop at once.\n")
 
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -237,7 +257,14 @@ class _Bar:
 def _bar(config: TrainConfig) -> Iterator[_Bar]:
     from tqdm import tqdm  # noqa: PLC0415
 
-    with tqdm(total=config.steps, unit="step", mininterval=0.5, dynamic_ncols=True) as bar:
+    seconds = 0.5 if sys.stderr.isatty() else 30.0  # short logs of unattended runs
+    with tqdm(
+        total=config.steps,
+        unit="step",
+        mininterval=seconds,
+        maxinterval=max(10.0, seconds),
+        dynamic_ncols=True,
+    ) as bar:
         yield _Bar(bar)
 
 
@@ -292,7 +319,7 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     )
 
 
-def _print_sample(config: TrainConfig, text: str, result: TrainResult, backend: Any) -> None:
+def _print_sample(config: TrainConfig, text: str, result: TrainResult, backend: Backend) -> None:
     """Print a continuation of the beginning of the validation text."""
     vocabulary = CharVocabulary(config.characters)
     _, val_ids = split_text(vocabulary.encode(text), config.model.context_length)
@@ -307,5 +334,5 @@ def _print_sample(config: TrainConfig, text: str, result: TrainResult, backend: 
         backend=backend,
     )
     print("\nA sample (the first line is the prompt):")
-    print_text(vocabulary.decode(prompt))
-    print_text(vocabulary.decode(list(ids)))
+    print(vocabulary.decode(prompt))
+    print(vocabulary.decode(list(ids)))

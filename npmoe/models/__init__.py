@@ -5,6 +5,7 @@ from npmoe.models.generate import generate, sample_token
 from npmoe.models.language import (
     LanguageParams,
     LossResult,
+    host_backend,
     init_language_params,
     language_backward,
     language_forward,
@@ -16,6 +17,7 @@ __all__ = [
     "LanguageParams",
     "LossResult",
     "generate",
+    "host_backend",
     "init_language_params",
     "language_backward",
     "language_forward",

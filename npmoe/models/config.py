@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from npmoe.activations import ACTIVATIONS
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
 
@@ -80,6 +81,18 @@ class LanguageConfig:
                 raise RangeError(
                     f"LanguageConfig: {name} must be an integer of at least 1, got {value!r}."
                 )
+        self._require(
+            self.hidden_size % (2 * self.num_heads) == 0,
+            "hidden_size",
+            f"be a multiple of 2 * num_heads = {2 * self.num_heads}",
+        )
+        self._require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            f"be a multiple of num_kv_heads = {self.num_kv_heads}",
+        )
+        known = ", ".join(map(repr, ACTIVATIONS))
+        self._require(self.activation in ACTIVATIONS, "activation", f"be one of {known}")
         self._require(self.norm in ("rms", "layer"), "norm", "be 'rms' or 'layer'")
         self._require(self.norm_position in ("pre", "post"), "norm_position", "be 'pre' or 'post'")
         self._require(0 <= self.dropout < 1, "dropout", "lie in [0, 1)")
@@ -118,19 +131,22 @@ class LanguageConfig:
     def dense_variant(self) -> LanguageConfig:
         """Return the same model with dense blocks of the same active parameters per token.
 
-        The dense sublayer is K times as wide as one expert, and a few columns more for the
-        router's parameters, rounded up: it is never the smaller of the two.
+        The dense sublayer is K times as wide as one expert, and a few columns more for the router
+        and for biases, rounded up: it is never the smaller of the two.
         """
         if self.moe is None:
             return self
         moe = self.moe
         matrices = 3 if moe.gated else 2
-        extra = -(-(moe.num_experts) // matrices)
+        column = matrices * moe.hidden_size
+        active = moe.num_experts * (moe.hidden_size + moe.router_bias) + moe.top_k * (
+            moe.intermediate_size * column + moe.expert_bias * (moe.gate_up_size + moe.hidden_size)
+        )
         return dataclasses.replace(
             self,
             moe=None,
             moe_every=1,
-            dense_intermediate_size=moe.top_k * moe.intermediate_size + extra,
+            dense_intermediate_size=-(-active // column),
             activation=moe.activation,
         )
 

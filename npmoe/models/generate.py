@@ -51,9 +51,11 @@ def sample_token(
     _check_sampling(temperature, top_k, top_p)
     if temperature == 0:
         return int(logits.argmax())
-    wide = logits.astype(np.float64) / temperature
+    wide = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # -inf, a probability of 0, is what a tiny temperature means
+        wide = (wide - wide.max()) / temperature
     order = np.argsort(-wide, kind="stable")[:top_k]
-    probs = np.exp(wide[order] - wide[order[0]])
+    probs = np.exp(wide[order])
     probs /= probs.sum()
     if top_p is not None:
         keep = int(np.searchsorted(np.cumsum(probs), top_p)) + 1
@@ -89,7 +91,7 @@ def generate(
     temperature, top_k, top_p
         As for `sample_token`.
     backend : str, Backend or None
-        Runs the MoE sublayers.
+        Runs the MoE sublayers, with the evaluation's capacity.
 
     Yields
     ------
@@ -110,9 +112,7 @@ def generate(
     if num_tokens < 0:
         raise RangeError(f"generate: num_tokens must not be negative, got {num_tokens}.")
     _check_sampling(temperature, top_k, top_p)
-    return _generate(
-        prompt, num_tokens, params, cfg, seed, temperature, top_k, top_p, backend
-    )
+    return _generate(prompt, num_tokens, params, cfg, seed, temperature, top_k, top_p, backend)
 
 
 def _generate(
@@ -130,15 +130,14 @@ def _generate(
     history = [int(i) for i in prompt]
     pending = history[-cfg.context_length :]
     caches = _new_caches(params, cfg)
+    moe = None if cfg.moe is None else cfg.moe.for_evaluation()
     for _ in range(num_tokens):
         if caches[0].length + len(pending) > cfg.context_length:
             caches = _new_caches(params, cfg)
             pending = history[-max(1, cfg.context_length // 2) :]
         ids = np.asarray([pending], dtype=np.int64)
-        logits, _ = language_forward(ids, params, cfg, backend=backend, caches=caches)
-        token = sample_token(
-            logits[0, -1], rng, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        logits, _ = language_forward(ids, params, cfg, moe=moe, backend=backend, caches=caches)
+        token = sample_token(logits[0, -1], rng, temperature=temperature, top_k=top_k, top_p=top_p)
         history.append(token)
         pending = [token]
         yield token

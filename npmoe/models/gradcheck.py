@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from npmoe._typing import HostArray
 from npmoe.backends import Backend
 from npmoe.config import MoEConfig
+from npmoe.errors import RangeError
 from npmoe.finite_differences import check_directions
 from npmoe.models.config import LanguageConfig
-from npmoe.models.language import LossResult, init_language_params, language_loss
+from npmoe.models.language import init_language_params, language_loss, language_loss_value
 from npmoe.tree import map_arrays
 
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "vocab_size": 11,
     "context_length": 6,
     "hidden_size": 8,
@@ -25,7 +28,7 @@ _SIZES = {
 
 def gradcheck_models() -> dict[str, LanguageConfig]:
     """Return small models that together run every backward the language model can reach."""
-    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_experts": 5}
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 6, "num_experts": 5}
     return {
         "pre-norm SwiGLU, renormalised after a drop": LanguageConfig(
             **_SIZES,
@@ -35,6 +38,7 @@ def gradcheck_models() -> dict[str, LanguageConfig]:
                 **sizes,
                 top_k=2,
                 renormalize=True,
+                routed_scaling_factor=1.7,
                 capacity_factor="0.8",
                 drop_policy="probability",
                 renormalize_drop="after",
@@ -57,6 +61,7 @@ def gradcheck_models() -> dict[str, LanguageConfig]:
                 expert_bias=True,
                 router_bias=True,
                 router_order="topk_score",
+                routed_scaling_factor=0.6,
             ),
         ),
         "pre-norm ReLU, renormalised before a drop": LanguageConfig(
@@ -64,7 +69,12 @@ def gradcheck_models() -> dict[str, LanguageConfig]:
             num_layers=1,
             norm="layer",
             moe=MoEConfig(
-                **sizes, top_k=2, activation="relu", renormalize=True, capacity_factor="0.7"
+                **sizes,
+                top_k=2,
+                activation="relu",
+                renormalize=True,
+                routed_scaling_factor=2.5,
+                capacity_factor="0.7",
             ),
         ),
     }
@@ -100,7 +110,12 @@ def gradcheck_model(
     ------
     GradientError
         If a decision changes even at the smallest step.
+    RangeError
+        If nothing would be checked, or the seed is negative.
     """
+    for name, value, least in (("directions", directions, 1), ("seed", seed, 0)):
+        if value < least:
+            raise RangeError(f"gradcheck: {name} must be at least {least}, got {value}.")
     rng = np.random.default_rng(seed)
     params = map_arrays(
         # Biases start at zero and norm weights at one; move them off these special points.
@@ -110,25 +125,26 @@ def gradcheck_model(
     shape = (2, cfg.context_length)
     inputs, targets = rng.integers(0, cfg.vocab_size, (2, *shape))
 
-    def run() -> LossResult:
-        return language_loss(
-            inputs, targets, params, cfg, rng=np.random.default_rng((seed, 1)), backend=backend
+    def noise() -> np.random.Generator:
+        return np.random.default_rng((seed, 1))
+
+    result = language_loss(inputs, targets, params, cfg, rng=noise(), backend=backend)
+    saved = result.saved
+
+    def loss() -> float:
+        nonlocal saved
+        value, saved = language_loss_value(
+            inputs, targets, params, cfg, rng=noise(), backend=backend
         )
+        return value
 
     def decisions() -> HostArray:
         parts: list[HostArray] = []
-        for block in run().saved.blocks:
-            if block.moe is not None:
-                saved = block.moe
-                signs = saved.gate_up > 0 if saved.cfg.activation == "relu" else np.empty(0)
-                parts += [saved.routing.topk_ids, saved.plan.row_ids, signs]
+        for layer in (block.moe for block in saved.blocks if block.moe is not None):
+            signs = layer.gate_up > 0 if layer.cfg.activation == "relu" else np.empty(0)
+            parts += [layer.routing.topk_ids, layer.plan.row_ids, signs]
         return np.concatenate([p.ravel().astype(np.int64) for p in parts])
 
     return check_directions(
-        lambda: run().total,
-        run().grads,
-        params,
-        directions=directions,
-        decisions=decisions,
-        rng=seed,
+        loss, result.grads, params, directions=directions, decisions=decisions, rng=seed
     )

@@ -8,9 +8,9 @@ import numpy as np
 
 from npmoe import losses, nn
 from npmoe._typing import HostArray
-from npmoe.backends import Backend
+from npmoe.backends import Backend, get_backend
 from npmoe.config import MoEConfig
-from npmoe.errors import RangeError, ShapeError
+from npmoe.errors import RangeError, ShapeError, UnsupportedError
 from npmoe.models.block import (
     BlockParams,
     BlockSaved,
@@ -80,6 +80,25 @@ class LossResult:
         return self.cross_entropy + self.auxiliary
 
 
+def host_backend(function: str, backend: str | Backend | None) -> Backend:
+    """Return a backend that works on host arrays, as the rest of the model does.
+
+    Raises
+    ------
+    UnsupportedError
+        If it does not.
+    BackendUnavailableError, RangeError
+        As `get_backend` does.
+    """
+    run = get_backend(backend)
+    if not run.host_arrays:
+        raise UnsupportedError(
+            f"{function}: backend must work on host arrays, got {run.name!r}. Attention and the "
+            "optimizer run in NumPy. Choose 'numpy' or 'reference'."
+        )
+    return run
+
+
 def init_language_params(
     cfg: LanguageConfig, seed: int = 0, dtype: str = "float32"
 ) -> LanguageParams:
@@ -95,9 +114,7 @@ def init_language_params(
         head = (streams[0].standard_normal(shape) * scale).astype(dtype)
     return LanguageParams(
         embedding=embedding,
-        blocks=tuple(
-            init_block(cfg, layer, rng, dtype) for layer, rng in enumerate(streams[1:])
-        ),
+        blocks=tuple(init_block(cfg, layer, rng, dtype) for layer, rng in enumerate(streams[1:])),
         final_norm=init_norm(cfg, dtype) if cfg.norm_position == "pre" else None,
         head=head,
     )
@@ -264,9 +281,7 @@ def language_loss(
     -------
     LossResult
     """
-    logits, saved = language_forward(
-        inputs, params, cfg, rng=rng, moe=moe, backend=backend
-    )
+    logits, saved = language_forward(inputs, params, cfg, rng=rng, moe=moe, backend=backend)
     flat = logits.reshape(-1, logits.shape[-1])
     flat_targets = targets.reshape(-1)
     cross_entropy, log_sum_exp = nn.cross_entropy(flat, flat_targets)
@@ -288,6 +303,24 @@ def language_loss(
     return LossResult(cross_entropy=cross_entropy, auxiliary=auxiliary, grads=grads, saved=saved)
 
 
+def language_loss_value(
+    inputs: HostArray,
+    targets: HostArray,
+    params: LanguageParams,
+    cfg: LanguageConfig,
+    *,
+    rng: np.random.Generator | None = None,
+    backend: str | Backend | None = None,
+) -> tuple[float, LanguageSaved]:
+    """Return the total of `language_loss`, without gradients, and what the model saved."""
+    logits, saved = language_forward(inputs, params, cfg, rng=rng, backend=backend)
+    cross_entropy, _ = nn.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    auxiliary = 0.0
+    for saved_block in saved.blocks:
+        auxiliary += _auxiliary(saved_block, cfg, 1.0)[0]
+    return cross_entropy + auxiliary, saved
+
+
 def _auxiliary(
     saved: BlockSaved, cfg: LanguageConfig, scale: float
 ) -> tuple[float, HostArray | None]:
@@ -295,9 +328,7 @@ def _auxiliary(
     if saved.moe is None:
         return 0.0, None
     routing = saved.moe.routing
-    value, grad = losses.load_balancing_loss(
-        routing, coefficient=cfg.load_balancing_coefficient
-    )
+    value, grad = losses.load_balancing_loss(routing, coefficient=cfg.load_balancing_coefficient)
     z_value, z_grad = losses.z_loss(routing, coefficient=cfg.z_loss_coefficient)
     grad += z_grad
     grad *= scale

@@ -59,7 +59,9 @@ def moe_forward(
     ids, weights, probs = route(logits, cfg, token_mask, topk_ids)
     num_valid = sum(valid_tokens(logits, cfg, token_mask))
     kept = keep_routes(ids, weights, expert_capacity(num_valid, cfg), cfg)
-    weights = renormalize_kept(weights, kept) if cfg.renormalize_drop == "after" else weights * kept
+    if cfg.renormalize_drop == "after":
+        weights = renormalize_kept(weights, kept) * cfg.routed_scaling_factor
+    weights = weights * kept
     output = np.zeros(x.shape)
     for t in range(num_tokens):
         for k in range(ids.shape[1]):

@@ -71,7 +71,7 @@ def route(
     topk_ids : (T, K) int64 array
         By falling key, the lowest id first among equals; -1 where masked.
     topk_weights : (T, K) float64 array
-        0 where there is no expert. Not normalised yet with renormalize_drop="after".
+        0 where there is no expert. With renormalize_drop="after" neither normalised nor scaled.
     probs : (T, E) float64 array
         Softmax of the logits; 0 where masked or not finite.
 
@@ -103,8 +103,10 @@ def route(
             weights[t, slots] = softmax([row[ids[t, k]] for k in slots])
         else:
             weights[t, slots] = [probs[t, ids[t, k]] for k in slots]
-    if cfg.renormalize and cfg.renormalize_drop == "before":
-        weights = renormalize_kept(weights, ids >= 0)
+    if cfg.renormalize_drop == "before":
+        if cfg.renormalize:
+            weights = renormalize_kept(weights, ids >= 0)
+        weights = weights * cfg.routed_scaling_factor
     return ids, weights, probs
 
 
@@ -122,6 +124,8 @@ def route_backward(
     """
     chosen = topk_ids >= 0
     grad = np.where(chosen if kept is None else kept, grad_topk_weights, 0.0)
+    if cfg.renormalize_drop == "before" or kept is not None:
+        grad = grad * cfg.routed_scaling_factor
     grad_logits = np.zeros(logits.shape)
     for t in range(logits.shape[0]):
         if not is_finite_row(logits[t]):

@@ -61,7 +61,8 @@ def embedding_backward(grad_x: HostArray, ids: HostArray, num_embeddings: int) -
     Notes
     -----
     **Cost**: a stable sort of the ids and two passes over grad_x. **Accuracy**: gamma_n for n
-    positions of an id. **Order**: ascending position; bitwise reproducible.
+    positions of an id. **Order**: ascending positions, summed pairwise by NumPy; bitwise
+    reproducible.
     """
     check_integer_ids("embedding_backward", "ids", ids)
     check_ids("embedding_backward", "ids", ids, num_embeddings)
@@ -71,6 +72,5 @@ def embedding_backward(grad_x: HostArray, ids: HostArray, num_embeddings: int) -
     grouped = flat.take(order)
     firsts = np.flatnonzero(np.diff(grouped, prepend=-1))  # where an id's run begins
     grad_weight = np.zeros((num_embeddings, rows.shape[1]), rows.dtype)
-    if firsts.size:
-        grad_weight[grouped[firsts]] = np.add.reduceat(rows.take(order, axis=0), firsts, axis=0)
+    grad_weight[grouped[firsts]] = np.add.reduceat(rows.take(order, axis=0), firsts, axis=0)
     return grad_weight

@@ -47,8 +47,9 @@ class Model:
         return n * self.u / (1.0 - n * self.u) if n * self.u < 1.0 else math.inf
 
     def rounding(self, size: HostArray, n: int) -> HostArray:
-        """Return the error of n roundings of numbers up to `size`; exact zeros stay exact."""
-        return np.asarray(self.gamma(n) * size + n * self.tiny * (size > 0.0))
+        """Return the error of n roundings of numbers up to `size`; zero and infinity are exact."""
+        rounded = (size > 0.0) & (size < np.inf)
+        return np.where(rounded, self.gamma(n) * size + n * self.tiny, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

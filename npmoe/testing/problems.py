@@ -109,8 +109,8 @@ def make_problem(
     auxiliary : bool
         Whether there is a grad_router_logits.
     hidden_exponent, logit_exponent, gate_up_exponent, grad_exponent : int
-        Sizes, as powers of two, of hidden_states, router logits, gate_up and grad_output with
-        normal values; otherwise 0.
+        Sizes, as powers of two, of hidden_states, router logits, gate_up and grad_output. Integers
+        take a logit_exponent only, not negative; with 10 most probabilities underflow to 0.
 
     Returns
     -------
@@ -124,16 +124,16 @@ def make_problem(
         without normal values.
     """
     call = _call(dict(locals()))
-    exponents = (hidden_exponent, logit_exponent, gate_up_exponent, grad_exponent)
+    exponents = (logit_exponent, hidden_exponent, gate_up_exponent, grad_exponent)
     if values == "exact" and not is_exact(cfg, num_tokens):
         raise RangeError(
             f"make_problem: cfg must have exact results with values='exact', got {call}. "
             "See is_exact."
         )
-    if values != "normal" and any(exponents):
+    if values != "normal" and (any(exponents[1:]) or exponents[0] < 0):
         raise RangeError(
             f"make_problem: exponents must be 0 with values={values!r}, got {exponents}. "
-            "Integers have no scale."
+            "Integers have no scale; only logit_exponent may be positive."
         )
     rng = np.random.default_rng(seed)
     E, H, I = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
@@ -142,7 +142,7 @@ def make_problem(
     def draw(*shape: int, exponent: int = 0, fan_in: int = 1) -> HostArray:
         if values == "normal":
             return np.asarray(rng.standard_normal(shape) * (2.0**exponent / np.sqrt(fan_in)))
-        return np.asarray(rng.integers(-reach, reach, shape, endpoint=True), np.float64)
+        return rng.integers(-reach, reach, shape, endpoint=True) * 2.0**exponent
 
     def arrange(array: HostArray) -> HostArray:
         as_float = array.dtype.kind == "f"

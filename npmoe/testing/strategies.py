@@ -54,6 +54,11 @@ def moe_configs(draw: st.DrawFn, /, **fixed: Any) -> MoEConfig:
         fields.setdefault("router_order", "score_topk")
     if fields.get("renormalize_drop") == "after":
         fields.setdefault("renormalize", True)
+    if fields["top_k"] == 1 and fields.get("drop_policy") == "probability":
+        # One weight, normalised before the drop, is 1: there would be nothing to rank by.
+        fields.setdefault("router_order", "score_topk")
+        if fields.get("renormalize_drop") != "after":
+            fields.setdefault("renormalize", False)
     pick("router_order", st.sampled_from(["score_topk", "topk_score"]))
     pick("renormalize", st.booleans() if fields["router_order"] == "score_topk" else st.just(False))
     pick("router_noise_std", st.sampled_from([0.0, 0.5]))
@@ -66,15 +71,19 @@ def moe_configs(draw: st.DrawFn, /, **fixed: Any) -> MoEConfig:
         pick("capacity_factor", st.sampled_from(_FACTORS))
         pick("eval_capacity_factor", st.none() | st.sampled_from(_FACTORS))
         pick("capacity_rounding", st.sampled_from(["ceil", "floor", "round"]))
-        pick("capacity_count_top_k", st.booleans())
+        pick("capacity_count_top_k", st.booleans() if fields["top_k"] > 1 else st.just(True))
         pick("min_capacity", st.sampled_from([0, 0, 1, 3]))
         pick("capacity_multiple", st.sampled_from([1, 1, 2, 4]))
     elif kind == "rows":
         pick("expert_capacity", st.integers(0, 6))
     if kind != "dropless":
-        pick("drop_policy", st.sampled_from(["position", "probability"]))
         after = ["before", "after"] if fields["renormalize"] else ["before"]
         pick("renormalize_drop", st.sampled_from(after))
+        normalised = fields["router_order"] == "topk_score" or (
+            fields["renormalize"] and fields["renormalize_drop"] == "before"
+        )
+        ranked = not normalised or fields["top_k"] > 1
+        pick("drop_policy", st.sampled_from(["position", "probability"][: 1 + ranked]))
     return MoEConfig(**fields)
 
 
@@ -143,6 +152,9 @@ def moe_problems(
         "auxiliary": st.booleans(),
     }
     drawn = {n: draw(s, label=n) for n, s in arguments.items() if n not in fixed} | fixed
+    if drawn["values"] == "integer" and "logit_exponent" not in drawn:
+        # With 10, logits that differ at all differ by so much that probabilities underflow.
+        drawn["logit_exponent"] = draw(st.sampled_from([0, 0, 10]), label="logit_exponent")
     if drawn["values"] == "normal":
         for name, least, most in (
             ("hidden_exponent", -20, 20),

@@ -16,7 +16,7 @@ from npmoe.training.data import (
 from npmoe.training.evaluate import Evaluation, evaluate
 from npmoe.training.files import RunFolder, write_text_atomic
 from npmoe.training.log import JsonlLog, read_log
-from npmoe.training.loop import Progress, TrainResult, load_trained, train
+from npmoe.training.loop import Progress, TrainResult, load_trained, read_config, train
 from npmoe.training.optimizer import AdamW, AdamWConfig, AdamWState, ParameterGroup, make_groups
 from npmoe.training.recipe import language_recipe, steps_for_seconds, with_steps
 from npmoe.training.schedules import ScheduleConfig, learning_rate, router_noise
@@ -47,6 +47,7 @@ __all__ = [
     "load_trained",
     "make_groups",
     "python_topics_text",
+    "read_config",
     "read_log",
     "read_text",
     "router_noise",

@@ -63,12 +63,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check every number."""
         for name in ("batch_size", "micro_batches", "log_every", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise RangeError(
-                    f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}."
+                    f"TrainConfig: {name} must be an integer of at least 1, "
+                    f"got {getattr(self, name)!r}."
                 )
-        if self.seed < 0:
-            raise RangeError(f"TrainConfig: seed must not be negative, got {self.seed}.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise RangeError(
+                f"TrainConfig: seed must be an integer and not negative, got {self.seed!r}."
+            )
         if self.model.moe is None and self.schedule.router_noise_std:
             raise RangeError(
                 "TrainConfig: schedule.router_noise_std must stay 0 without model.moe, got "

@@ -38,7 +38,8 @@ class Evaluation:
     @property
     def tokens_per_expert(self) -> HostArray:
         """Choices of every expert (MoE layers, E)."""
-        return self.served.sum(axis=1)
+        counts: HostArray = self.served.sum(axis=1)
+        return counts
 
     @property
     def load_imbalance(self) -> float:
@@ -99,10 +100,11 @@ def evaluate(
         served = np.zeros((cfg.num_moe_layers, cfg.vocab_size, num_experts), np.int64)
         dropped = 0
         layers = [block.moe for block in saved.blocks if block.moe is not None]
-        for counts, layer in zip(served, layers, strict=True):
+        for number, layer in enumerate(layers):
             chosen = layer.routing.topk_ids  # (T, K)
             cells = inputs.reshape(-1, 1) * num_experts + chosen
-            counts += np.bincount(cells.ravel(), minlength=counts.size).reshape(counts.shape)
+            counts = np.bincount(cells.ravel(), minlength=cfg.vocab_size * num_experts)
+            served[number] = counts.reshape(cfg.vocab_size, num_experts)
             dropped += layer.stats().dropped_routes
         return loss * targets.size, targets.size, served, dropped
 

@@ -6,17 +6,16 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from npmoe.backends import Backend, get_backend
-from npmoe.errors import BackendUnavailableError, CheckpointError, UnsupportedError
-from npmoe.models.language import LanguageParams, init_language_params
+from npmoe.backends import Backend
+from npmoe.errors import BackendUnavailableError, CheckpointError
+from npmoe.models.language import LanguageParams, host_backend, init_language_params
 from npmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from npmoe.training.config import TrainConfig, text_sha256
 from npmoe.training.data import CharVocabulary, split_text
 from npmoe.training.evaluate import Evaluation, evaluate
-from npmoe.training.files import RunFolder, write_text_atomic
+from npmoe.training.files import RunFolder, exists, write_text_atomic
 from npmoe.training.log import JsonlLog
 from npmoe.training.trainer import StepReport, Trainer, load_params
 from npmoe.tree import named_arrays, num_elements
@@ -128,12 +127,7 @@ def train(
     **Order**: bitwise equal for any number of threads and wherever it was interrupted, given the
     same library versions and processor.
     """
-    run = get_backend(backend)
-    if not run.host_arrays:
-        raise UnsupportedError(
-            f"train: backend must work on host arrays, got {run.name!r}. "
-            "Attention and the optimizer run in NumPy."
-        )
+    run = host_backend("train", backend)
     if text_sha256(text) != config.text_sha256:
         raise CheckpointError(
             f"train: text must be the one the run began with ({config.text_source}), got another. "
@@ -146,10 +140,15 @@ def train(
         single_threaded_blas(),
         contextlib.closing(Trainer(config, train_ids, threads=threads, backend=run)) as trainer,
     ):
-        if folder.checkpoint.exists():
-            _restore(trainer, folder, config)
-        else:
+        if not exists(folder.config):
             write_text_atomic(folder.config, config.to_json())
+        elif read_config(folder) != config:
+            raise CheckpointError(
+                f"train: {folder.path} must hold no other run, got the config of another one. "
+                "Choose another folder, or continue that run with its own config."
+            )
+        if exists(folder.checkpoint):
+            _restore(trainer, folder, config)
         log.truncate_after(trainer.step_number)
         # The validation batches share the training threads.
         map_function = map if threads == 1 else trainer.pool.map
@@ -196,13 +195,13 @@ def train(
 def _restore(trainer: Trainer, folder: RunFolder, config: TrainConfig) -> None:
     arrays, metadata = load_checkpoint(folder.checkpoint)
     _check_arrays(arrays, trainer.state(), folder)
-    step = int(metadata.get("step", "-1"))
-    if not 0 <= step <= config.steps:
+    step = metadata.get("step", "none")
+    if not (step.isdecimal() and int(step) <= config.steps):
         raise CheckpointError(
             f"train: {folder.checkpoint} must hold a step in 0..{config.steps}, got {step}. "
             "It belongs to another config.json."
         )
-    trainer.load_state(arrays, step)
+    trainer.load_state(arrays, int(step))
 
 
 def _check_arrays(arrays: dict[str, Any], expected: dict[str, Any], folder: RunFolder) -> None:
@@ -217,6 +216,24 @@ def _check_arrays(arrays: dict[str, Any], expected: dict[str, Any], folder: RunF
             )
 
 
+def read_config(folder: RunFolder) -> TrainConfig:
+    """Return the config of a run.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds no readable config.json.
+    """
+    try:
+        text = folder.config.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"read_config: {folder.config} could not be read: {reason}. Give the folder of a run."
+        ) from error
+    return TrainConfig.from_json(text, str(folder.config))
+
+
 def load_trained(folder: RunFolder) -> tuple[TrainConfig, LanguageParams, int]:
     """Return config, parameters and step of a run, for generation.
 
@@ -225,13 +242,7 @@ def load_trained(folder: RunFolder) -> tuple[TrainConfig, LanguageParams, int]:
     CheckpointError
         If the folder holds no usable run.
     """
-    try:
-        text = folder.config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            f"load_trained: {folder.config} must be readable, got {error}. Is it a run folder?"
-        ) from error
-    config = TrainConfig.from_json(text, str(folder.config))
+    config = read_config(folder)
     params = init_language_params(config.model, config.seed)
     arrays, metadata = load_checkpoint(folder.checkpoint)
     expected = {f"params.{name}": leaf for name, leaf in named_arrays(params)}

@@ -35,6 +35,7 @@ def language_recipe(
     top_k: int = 2,
     capacity_factor: str | None = None,
     hidden_size: int = 128,
+    intermediate_size: int | None = None,
     num_layers: int = 4,
     context_length: int = 256,
     batch_size: int = 8,
@@ -65,13 +66,18 @@ def language_recipe(
         If options are out of range.
     """
     vocabulary = CharVocabulary.from_text(text)
-    num_heads = max(1, hidden_size // 32)
+    # Heads of at least 32 elements, of even size for the rotary positions.
+    num_heads = max(
+        (n for n in range(1, hidden_size // 32 + 1) if hidden_size % (2 * n) == 0), default=1
+    )
     moe = MoEConfig(
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=2 * hidden_size if intermediate_size is None else intermediate_size,
         num_experts=num_experts,
         top_k=top_k,
         renormalize=True,
+        # Weights of mean 1 make the experts learn as fast as the dense model of the same width.
+        routed_scaling_factor=float(top_k),
         capacity_factor=capacity_factor,
     )
     model = LanguageConfig(
@@ -95,6 +101,7 @@ def language_recipe(
         text_source=source,
         text_sha256=text_sha256(text),
         batch_size=batch_size,
+        micro_batches=1 if batch_size % 2 else 2,
         seed=seed,
     )
 

@@ -133,13 +133,14 @@ def test_probabilities_are_zero_above_the_diagonal_and_sum_to_one(dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_logits_of_ten_thousand_give_a_choice_and_no_overflow(dtype):
     q = np.full((1, 1, 3, 1), 100.0, dtype)
-    k = np.array([-100.0, 100.0, 50.0], dtype).reshape(1, 1, 3, 1)
+    k = np.array([0.0, 100.0, 50.0], dtype).reshape(1, 1, 3, 1)
     v = np.array([1.0, 2.0, 4.0], dtype).reshape(1, 1, 3, 1)
     out, probs = causal_attention(q, k, v)
     assert out.reshape(-1).tolist() == [1.0, 2.0, 2.0]
     grads = causal_attention_backward(np.ones_like(q), q, k, v, probs)
     assert grads[2].reshape(-1).tolist() == [1.0, 2.0, 0.0]
     assert (grads[0] == 0).all()
+    assert attention(q[:, :, 1:], k, v).reshape(-1).tolist() == [2.0, 2.0]
 
 
 def test_equal_keys_are_averaged():

@@ -37,10 +37,12 @@ def test_gradients():
     )
 
 
-def test_equal_calls_give_equal_bits():
+def test_positions_are_added_in_ascending_order_to_the_bit():
     ids = RNG.integers(0, 5, 500)
     grad_x = RNG.standard_normal((500, 8)).astype("f4")
+    ascending = sorted(range(500), key=lambda t: ids[t])
     first = embedding_backward(grad_x, ids, 5)
+    assert (embedding_backward(grad_x[ascending], ids[ascending], 5) == first).all()
     assert (embedding_backward(grad_x, ids.astype("i4"), 5) == first).all()
 
 

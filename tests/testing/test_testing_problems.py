@@ -96,6 +96,9 @@ def test_load_patterns() -> None:
     one = make_problem(cfg, num_tokens=9, load="one_expert", values="integer")
     first = naive.moe_forward(one.hidden_states, one.params, cfg).topk_ids[:, 0]
     assert len(set(first.tolist())) < len(first)
+    far = make_problem(cfg, num_tokens=9, values="integer", logit_exponent=10)
+    probs = naive.moe_forward(far.hidden_states, far.params, cfg).probs
+    assert set(probs.ravel().tolist()) <= {0.0, 1.0, 1 / 2, 1 / 3, 1 / 4}
     tied = make_problem(cfg, num_tokens=9, load="tied", seed=3)
     assert (naive.moe_forward(tied.hidden_states, tied.params, cfg).topk_ids == [0, 1]).all()
 
@@ -118,6 +121,8 @@ def test_exact_values_are_refused_where_they_are_not() -> None:
         RangeError, match=r"^make_problem: exponents must be 0 with values='integer'"
     ):
         make_problem(CFG, num_tokens=3, values="integer", grad_exponent=1)
+    with pytest.raises(RangeError, match="only logit_exponent may be positive"):
+        make_problem(CFG, num_tokens=3, values="integer", logit_exponent=-1)
 
 
 @settings(max_examples=60, deadline=None)

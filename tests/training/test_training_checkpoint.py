@@ -54,6 +54,18 @@ def run_child(code, path, **options):
     )
 
 
+def test_equal_contents_give_equal_bytes(path, tmp_path):
+    """Safetensors by itself writes the metadata in an order that changes from call to call."""
+    metadata = {**{f"key {i}": str(i) for i in range(9)}, **METADATA}
+    contents = set()
+    for order in (sorted(metadata), sorted(metadata, reverse=True)):
+        for _ in range(3):
+            save_checkpoint(path, ARRAYS, {key: metadata[key] for key in order})
+            contents.add(path.read_bytes())
+    assert len(contents) == 1
+    assert load_checkpoint(path)[1] == metadata
+
+
 def test_everything_comes_back_bitwise(path):
     assert_is_saved(path)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
