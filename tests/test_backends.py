@@ -8,15 +8,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from accel import loopback
 
 import npmoe
+from accel import loopback
 from npmoe import BackendUnavailableError, DTypeError, MoEConfig, RangeError
 from npmoe.backends import (
     Availability,
@@ -52,10 +51,9 @@ class Third(ReferenceBackend):
 
 
 @pytest.fixture(autouse=True)
-def clean_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_instances", {})
     monkeypatch.delenv("NPMOE_BACKEND", raising=False)
-    yield
 
 
 @pytest.fixture
@@ -122,8 +120,9 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_use_backend_nests_and_restores() -> None:
     with npmoe.use_backend("reference") as outer:
         assert npmoe.get_backend() is outer
-        with pytest.raises(ZeroDivisionError), npmoe.use_backend("loopback") as inner:
+        with npmoe.use_backend("loopback") as inner:
             assert npmoe.get_backend() is inner
+        with pytest.raises(ZeroDivisionError), npmoe.use_backend("loopback"):
             raise ZeroDivisionError
         assert npmoe.get_backend() is outer
         with pytest.raises(RangeError), npmoe.use_backend("nunpy"):
@@ -237,7 +236,7 @@ LOAD = (
 )
 
 
-@pytest.mark.parametrize("kind", ["package", "module", "namespace", "same marker"])
+@pytest.mark.parametrize("kind", ["package", "module", "same marker"])
 def test_decoy_package(kind: str, tmp_path: Path) -> None:
     marker = None
     decoy = tmp_path / "accel" / "__init__.py"
@@ -247,8 +246,6 @@ def test_decoy_package(kind: str, tmp_path: Path) -> None:
     if kind == "same marker":
         marker = npmoe.__version__
     where = str(decoy)
-    if kind == "namespace":
-        return  # a regular package anywhere on the path wins over a namespace package
     decoy.write_text(f"NPMOE_ACCEL_VERSION = {marker!r}\n" if marker else "")
     result = python(LOAD, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -268,7 +265,8 @@ def test_without_a_decoy() -> None:
 def test_marker_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     import accel
 
-    assert accel.NPMOE_ACCEL_VERSION == npmoe.__version__
+    marker = accel.NPMOE_ACCEL_VERSION
+    assert npmoe.__version__ == marker
     monkeypatch.setattr(accel, "NPMOE_ACCEL_VERSION", "0.0.1")
     assert "(marker 0.0.1)" in message(BackendUnavailableError, "loopback")
 
@@ -387,7 +385,7 @@ def test_mixing_in_the_layer(device: Backend) -> None:
     there = map_arrays(lambda _, a: device.asarray(a), params)
     x = np.ones((3, 4), np.float32)
     for values, weights in ((x, there), (device.asarray(x), params)):
-        with pytest.raises(DTypeError, match="^loopback: "):
+        with pytest.raises(DTypeError, match=r"^loopback: "):
             npmoe.moe_forward(values, weights, cfg, device)
     with pytest.raises(TypeError, match="LoopbackArray"):
         npmoe.moe_forward(device.asarray(x), there, cfg, "numpy")
@@ -405,7 +403,7 @@ def test_mixing_in_the_layer(device: Backend) -> None:
         (lambda x: x.__array_namespace__().exp(x), "exp"),
         (lambda x: x.__array_namespace__().zeros(3), "zeros"),
         (lambda x: x.__setitem__(0, 1.0), "__setitem__"),
-        (lambda x: x == x, "__eq__"),
+        (lambda x: x == 1.0, "__eq__"),
     ],
 )
 def test_verbs_only(device: Backend, compute: Any, what: str) -> None:
@@ -441,7 +439,7 @@ def test_verbs_only_survives_an_error_in_a_verb(device: Backend) -> None:
     "fault",
     [
         lambda output: output * 2.0,  # arithmetic outside a verb
-        lambda output: np.asarray(output),  # a hidden copy to the host
+        np.asarray,  # a hidden copy to the host
         lambda output: output[0],
     ],
 )
@@ -460,7 +458,7 @@ def test_a_bad_layer_is_caught(
     with loopback.verbs_only():
         npmoe.moe_forward(x, params, cfg, device)
         monkeypatch.setattr("npmoe.layer.compose_forward", bad)
-        with pytest.raises(DTypeError, match="^loopback: "):
+        with pytest.raises(DTypeError, match=r"^loopback: "):
             npmoe.moe_forward(x, params, cfg, device)
 
 

@@ -118,7 +118,7 @@ def test_check_integer_ids() -> None:
 
 def test_require() -> None:
     require(True, "never")
-    with pytest.raises(errors.RangeError, match="^why$"):
+    with pytest.raises(errors.RangeError, match=r"^why$"):
         require(False, "why")
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -331,7 +331,7 @@ BASES: list[dict[str, Any]] = [
 SMALL = {"hidden_size": 4, "intermediate_size": 3}
 
 
-@lru_cache(maxsize=None)
+@cache
 def function_of(cfg: MoEConfig) -> tuple[Any, ...]:
     """Return what the layer computes, in training and evaluation, with and without NaN."""
     params = npmoe.init_params(cfg, rng=3, dtype="float64")
@@ -377,7 +377,9 @@ def test_no_option_silently_does_nothing(base: dict[str, Any]) -> None:
         try:
             cfg = MoEConfig(**fields)
         except RangeError as error:
-            assert name in str(error) or other in str(error), (name, other, str(error))
+            named = name in str(error) or other in str(error)
+            if not named:
+                raise
             continue
         legal += 1
         for undone in (name, other):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,32 +61,23 @@ def test_the_check_can_fail(name: str) -> None:
     assert name in loaded(f"import npmoe, {name}") & set(FORBIDDEN)
 
 
-def milliseconds(log: str, module: str) -> float:
-    """Return the cumulative time of one module in the output of -X importtime."""
-    found = re.findall(rf"^import time: +\d+ \| +(\d+) \| +{module}$", log, flags=re.MULTILINE)
-    assert len(found) == 1, log
-    return int(found[0]) / 1000.0
+TIMES = (
+    "from time import process_time as now\n"
+    "a = now()\nimport numpy\nb = now()\nimport npmoe\nc = now()\nprint(b - a, c - b)"
+)
 
 
 def test_import_adds_less_than_60_ms_to_numpy() -> None:
-    """Where NumPy's own import takes 90 ms or less; slower or busier machines get as much more."""
+    """In processor time, where NumPy takes 90 ms itself; a slower machine gets as much more."""
     seen = []
     for _ in range(5):  # other processes only ever make it slower
-        log = python("-X", "importtime", "-c", "import npmoe").stderr
-        numpy = milliseconds(log, "numpy")
-        seen.append((milliseconds(log, "npmoe") - numpy, 60.0 * max(1.0, numpy / 90.0)))
-        if seen[-1][0] < seen[-1][1]:
-            return
-    raise AssertionError(f"(added, allowed) in milliseconds: {seen}")
-
-
-def test_reading_of_import_times() -> None:
-    log = "import time:       100 |      45000 | numpy\nimport time: 7 | 61500 | npmoe\n"
-    assert milliseconds(log, "npmoe") - milliseconds(log, "numpy") == 16.5
+        numpy, added = (1000.0 * float(s) for s in python("-c", TIMES).stdout.split())
+        seen.append((added, 60.0 * max(1.0, numpy / 90.0)))
+    assert any(added < allowed for added, allowed in seen), seen
 
 
 def test_public_names() -> None:
-    assert sorted(npmoe.__all__) == list(dict.fromkeys(sorted(npmoe.__all__)))
+    assert len(set(npmoe.__all__)) == len(npmoe.__all__)
     for name in npmoe.__all__:
         assert getattr(npmoe, name) is not None
 
@@ -95,6 +85,7 @@ def test_public_names() -> None:
 def test_versions_agree() -> None:
     import accel
 
-    assert accel.NPMOE_ACCEL_VERSION == npmoe.__version__
+    marker = accel.NPMOE_ACCEL_VERSION
+    assert npmoe.__version__ == marker
     result = python("-c", "import npmoe; print(npmoe.__version__)")
     assert result.stdout.strip() == npmoe.__version__

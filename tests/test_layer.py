@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accel import loopback
 
 import npmoe
+from accel import loopback
 from npmoe import DTypeError, MoEConfig, MoEGrads, MoEParams, RangeError, ShapeError
 from npmoe.backends import numpy_backend
 from npmoe.testing.bounds import gamma

@@ -30,10 +30,14 @@ class Results(NamedTuple):
     output: np.ndarray
     topk_ids: np.ndarray
     topk_weights: np.ndarray
-    kept: np.ndarray
+    row_ids: np.ndarray
     probs: np.ndarray
     logits: np.ndarray
     grads: dict[str, np.ndarray | None]
+
+    @property
+    def kept(self) -> np.ndarray:
+        return self.row_ids >= 0
 
 
 def run_layer(problem: MoEProblem, name: str) -> Results:
@@ -59,7 +63,7 @@ def run_layer(problem: MoEProblem, name: str) -> Results:
         output=host(output),
         topk_ids=host(saved.routing.topk_ids),
         topk_weights=host(saved.routing.topk_weights),
-        kept=host(saved.plan.row_ids) >= 0,
+        row_ids=host(saved.plan.row_ids),
         probs=host(saved.routing.probs),
         logits=host(saved.routing.router_logits),
         grads={n: None if g is None else host(g) for n, g in found.items()},
@@ -78,8 +82,20 @@ def run_naive(problem: MoEProblem, topk_ids: np.ndarray | None) -> Results:
         grad_router_logits=problem.grad_router_logits,
         **choice,
     )
-    fields = {f.name: getattr(forward, f.name) for f in dataclasses.fields(forward)}
-    return Results(**fields, grads={n: getattr(grads, n) for n in GRADS})
+    # The canonical order: by expert, and by route within an expert.
+    routes = np.flatnonzero(forward.kept)
+    order = routes[np.argsort(forward.topk_ids.ravel()[routes], kind="stable")]
+    row_ids = np.full(forward.kept.size, -1)
+    row_ids[order] = np.arange(len(order))
+    return Results(
+        output=forward.output,
+        topk_ids=forward.topk_ids,
+        topk_weights=forward.topk_weights,
+        row_ids=row_ids.reshape(forward.kept.shape),
+        probs=forward.probs,
+        logits=forward.logits,
+        grads={n: getattr(grads, n) for n in GRADS},
+    )
 
 
 def _move(backend: Backend, array: np.ndarray | None) -> Any:
@@ -174,7 +190,7 @@ def assert_same_bits(actual: Results, expected: Results) -> None:
     """Check an exact problem, whose results no order of summation can change."""
     kept = expected.kept
     assert (actual.topk_ids == expected.topk_ids).all()
-    assert (actual.kept == kept).all()
+    assert (actual.row_ids == expected.row_ids).all()
     assert (actual.topk_weights[kept] == expected.topk_weights[kept]).all()
     assert (actual.output == expected.output).all()
     for name, grad in expected.grads.items():
@@ -225,6 +241,7 @@ def check_against_naive(problem: MoEProblem, backend: str) -> None:
     assert_lawful_drop(problem, actual, forward)
     # Weights that agree up to rounding may rank either way.
     if (actual.kept == expected.kept).all():
+        assert (actual.row_ids == expected.row_ids).all()
         assert_close(problem, actual, expected, bounds)
 
 
@@ -295,7 +312,7 @@ def test_dropping_non_finite_rows_is_masking_them(backend: str, problem: MoEProb
     )
     none = run_layer(dataclasses.replace(problem, token_mask=None), backend)
     for other in (dropped, none):
-        for name in ("output", "topk_ids", "topk_weights", "kept", "probs"):
+        for name in ("output", "topk_ids", "topk_weights", "row_ids", "probs"):
             assert getattr(other, name).tobytes() == getattr(masked, name).tobytes()
         for name, grad in masked.grads.items():
             assert grad is None or other.grads[name].tobytes() == grad.tobytes()

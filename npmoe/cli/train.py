@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     threads = min(2, os.cpu_count() or 1) if options.threads is None else options.threads
     folder, config, text = _resume(options) if options.resume else _start(options, threads, backend)
     _print_plan(config, folder, threads)
-    with _ctrl_c() as interrupted, _bar(config) as bar:
+    with _ctrl_c() as interrupted, closing(_Bar(config.steps)) as bar:
         result = train(
             config,
             text,
@@ -233,16 +233,31 @@ def _ctrl_c() -> Iterator[list[int]]:
 
 
 class _Bar:
-    """The progress bar: loss, speed, load imbalance and drop rate of the last steps."""
+    """The progress bar: loss, speed, load imbalance and drop rate of the last steps.
 
-    def __init__(self, bar: Any) -> None:
-        self.bar = bar
+    It appears with the first step, so that an error before it stands alone.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.bar: Any = None
         self.val_loss = ""
 
     def update(self, progress: Progress) -> None:
         """Show one step."""
+        from tqdm import tqdm  # noqa: PLC0415
+
         report = progress.report
-        self.bar.update(report.step + 1 - self.bar.n)
+        if self.bar is None:
+            seconds = 0.5 if sys.stderr.isatty() else 30.0  # short logs of unattended runs
+            self.bar = tqdm(
+                total=self.steps,
+                initial=report.step,
+                unit="step",
+                mininterval=seconds,
+                maxinterval=max(10.0, seconds),
+                dynamic_ncols=True,
+            )
         if progress.val_loss is not None:
             self.val_loss = f" val {progress.val_loss:.3f}"
         self.bar.set_postfix_str(
@@ -251,21 +266,12 @@ class _Bar:
             f"dropped {report.drop_rate:.1%}",
             refresh=False,
         )
+        self.bar.update(report.step + 1 - self.bar.n)
 
-
-@contextmanager
-def _bar(config: TrainConfig) -> Iterator[_Bar]:
-    from tqdm import tqdm  # noqa: PLC0415
-
-    seconds = 0.5 if sys.stderr.isatty() else 30.0  # short logs of unattended runs
-    with tqdm(
-        total=config.steps,
-        unit="step",
-        mininterval=seconds,
-        maxinterval=max(10.0, seconds),
-        dynamic_ncols=True,
-    ) as bar:
-        yield _Bar(bar)
+    def close(self) -> None:
+        """Leave the last state on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def _print_plan(config: TrainConfig, folder: RunFolder, threads: int) -> None:

@@ -27,13 +27,7 @@ def is_finite_row(row: HostArray) -> bool:
 
 
 def valid_tokens(logits: HostArray, cfg: MoEConfig, token_mask: HostArray | None) -> list[bool]:
-    """Return which tokens take part: not masked, and no non-finite row under nan_policy "drop".
-
-    Raises
-    ------
-    RangeError
-        If a row that is not masked is not finite and nan_policy is "raise".
-    """
+    """Return which tokens take part: not masked, and no non-finite row under nan_policy "drop"."""
     valid = []
     for t in range(logits.shape[0]):
         masked = token_mask is not None and not token_mask[t]
@@ -88,16 +82,11 @@ def route(
     for t, valid in enumerate(valid_tokens(logits, cfg, token_mask)):
         if not valid:
             continue
-        row = (
-            [float(x) for x in logits[t]] if is_finite_row(logits[t]) else [-math.inf] * num_experts
-        )
+        row = logits[t].tolist() if is_finite_row(logits[t]) else [-math.inf] * num_experts
         probs[t] = softmax(row)
         key = row if cfg.router_order == "topk_score" else probs[t]
-        if topk_ids is None:
-            by_key = sorted((-key[e], e) for e in range(num_experts))
-            ids[t] = [e for _, e in by_key[:top_k]]
-        else:
-            ids[t] = topk_ids[t]
+        by_key = sorted((-key[e], e) for e in range(num_experts))
+        ids[t] = [e for _, e in by_key[:top_k]] if topk_ids is None else topk_ids[t]
         slots = [k for k in range(top_k) if ids[t, k] >= 0]
         if cfg.router_order == "topk_score":
             weights[t, slots] = softmax([row[ids[t, k]] for k in slots])
@@ -120,7 +109,8 @@ def route_backward(
     """Return the gradient of the logits (T, E); the choice itself is a constant.
 
     With `kept` (T, K), `grad_topk_weights` is the gradient of the weights after the drop: a
-    dropped route has none, and with renormalize_drop="after" the kept ones were normalised.
+    dropped route has none, and with renormalize_drop="after" the kept ones were normalised and
+    scaled.
     """
     chosen = topk_ids >= 0
     grad = np.where(chosen if kept is None else kept, grad_topk_weights, 0.0)
@@ -132,7 +122,7 @@ def route_backward(
             continue
         slots = [k for k in range(topk_ids.shape[1]) if chosen[t, k]]
         experts = [int(topk_ids[t, k]) for k in slots]
-        row = [float(x) for x in logits[t]]
+        row = logits[t].tolist()
         if cfg.router_order == "topk_score":
             p = softmax([row[e] for e in experts])
             mean = sum(grad[t, k] * p[i] for i, k in enumerate(slots))

@@ -76,7 +76,9 @@ def layer_bounds(
         logits = logits + given(params.router_bias)
     probs = softmax(logits).where(rows)
     summed = kept if cfg.renormalize_drop == "after" else ids >= 0
-    raw, weights = _weights(logits, probs, ids, summed, cfg)
+    raw, unscaled = _weights(logits, probs, ids, summed, cfg)
+    scale = given(np.array(cfg.routed_scaling_factor))
+    weights = unscaled * scale
 
     y = _empty((*ids.shape, H), model)
     grad_weights = _empty(ids.shape, model)
@@ -114,7 +116,13 @@ def layer_bounds(
 
     output = (weights.where(kept)[:, :, None] * y).sum(axis=1)
     grad_logits = _route_backward(
-        grad_weights, raw=raw, weights=weights, probs=probs, ids=ids, summed=summed, cfg=cfg
+        grad_weights * scale,
+        raw=raw,
+        weights=unscaled,
+        probs=probs,
+        ids=ids,
+        summed=summed,
+        cfg=cfg,
     )
     if problem.grad_router_logits is not None:
         grad_logits = grad_logits + given(problem.grad_router_logits)
@@ -140,7 +148,7 @@ def layer_bounds(
 def _weights(
     logits: Ball, probs: Ball, ids: HostArray, summed: HostArray, cfg: MoEConfig
 ) -> tuple[Ball, Ball]:
-    """Return the weights before their normalisation and as used, (T, K); 0 without an expert."""
+    """Return the weights before and after normalisation, (T, K); 0 without an expert."""
     at = (np.arange(len(ids))[:, None], np.maximum(ids, 0))
     if cfg.router_order == "topk_score":
         mid = np.where(ids >= 0, logits[at].mid, -np.inf)

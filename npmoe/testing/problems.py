@@ -206,8 +206,9 @@ def is_exact(cfg: MoEConfig, num_tokens: int) -> bool:
     """
     sizes = (cfg.hidden_size, cfg.intermediate_size, cfg.num_experts)
     small = max(sizes) <= 8 and num_tokens <= 16 and cfg.activation == "relu"
+    scaled = cfg.routed_scaling_factor not in (0.5, 1.0)
     dyadic = cfg.num_experts in (1, 2, 4, 8) and cfg.top_k in (1, 2)
-    return small and (dyadic or _weight_is_one(cfg))
+    return small and not scaled and (dyadic or _weight_is_one(cfg))
 
 
 def _weight_is_one(cfg: MoEConfig) -> bool:

@@ -61,6 +61,7 @@ def moe_configs(draw: st.DrawFn, /, **fixed: Any) -> MoEConfig:
             fields.setdefault("renormalize", False)
     pick("router_order", st.sampled_from(["score_topk", "topk_score"]))
     pick("renormalize", st.booleans() if fields["router_order"] == "score_topk" else st.just(False))
+    pick("routed_scaling_factor", st.sampled_from([1.0, 0.5, 2.5]))
     pick("router_noise_std", st.sampled_from([0.0, 0.5]))
     pick("router_bias", st.booleans())
     pick("nan_policy", st.sampled_from(["raise", "clamp", "drop"]))
@@ -172,7 +173,11 @@ def _configs_for(kind: Values) -> st.SearchStrategy[MoEConfig]:
         return moe_configs()
     return st.sampled_from([1, 2, 4, 8]).flatmap(
         lambda e: st.integers(1, min(e, 2)).flatmap(
-            lambda k: moe_configs(num_experts=e, top_k=k, activation="relu")
+            lambda k: st.sampled_from([0.5, 1.0]).flatmap(
+                lambda s: moe_configs(
+                    num_experts=e, top_k=k, activation="relu", routed_scaling_factor=s
+                )
+            )
         )
     )
 

@@ -59,15 +59,15 @@ def test_generate_is_decided_by_its_seed(finished):
 
 
 def test_temperature_zero_equals_the_narrowest_choices(finished):
-    folder = finished[0]
-    likeliest = text(folder, "--prompt", "fox", "--temperature", 0, "--seed", 1)
-    assert len(likeliest) == 3 + 500 + 1
-    assert text(folder, "--prompt", "fox", "--top-k", 1, "--seed", 2) == likeliest
-    assert text(folder, "--prompt", "fox", "--top-p", "1e-6", "--seed", 3) == likeliest
-    loose = text(folder, "--prompt", "fox", "--top-p", "0.9", "--seed", 3)
-    assert loose != likeliest
-    reference = text(folder, "--prompt", "fox", "--temperature", 0, "--backend", "reference")
-    assert reference == likeliest
+    def fox(*options):
+        return text(finished[0], "--prompt", "fox", "--tokens", 60, *options)
+
+    likeliest = fox("--temperature", 0, "--seed", 1)
+    assert len(likeliest) == 3 + 60 + 1
+    assert fox("--top-k", 1, "--seed", 2) == likeliest
+    assert fox("--top-p", "1e-6", "--seed", 3) == likeliest
+    assert fox("--top-p", "0.9", "--seed", 3) != likeliest
+    assert fox("--temperature", 0, "--backend", "reference") == likeliest
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_generate_with_an_ascii_terminal_and_a_reader_that_leaves(run_folder):
     result = finish(child)
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith("??")
-    child = start("generate", run_folder, "--prompt", "fox", "--tokens", 3000)
-    child.stdout.read(5)
-    child.stdout.close()
-    assert child.stderr.read() == ""
-    assert child.wait() == 1
+    with start("generate", run_folder, "--prompt", "fox", "--tokens", 3000) as child:
+        child.stdout.read(5)
+        child.stdout.close()
+        assert child.stderr.read() == ""
+    assert child.returncode == 1
 
 
 def test_gradcheck_passes_and_says_so(tmp_path):

@@ -163,6 +163,25 @@ def test_renormalised_softmax_is_the_softmax_of_the_chosen(top_k: int) -> None:
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
+def test_the_scaling_factor_multiplies_the_last_weights(scoring: str) -> None:
+    logits = np.random.default_rng(6).standard_normal((3, 4))
+    plain = config(4, 2, **SCORINGS[scoring])
+    scaled = config(4, 2, routed_scaling_factor=2.5, **SCORINGS[scoring])
+    ids, weights, _ = route(logits, plain)
+    assert (route(logits, scaled)[0] == ids).all()
+    factor = 1.0 if scoring == "softmax_topk_renorm_after" else 2.5
+    assert (route(logits, scaled)[1] == factor * weights).all()
+    grad, everything = np.ones((3, 2)) * [1.0, -2.0], ids >= 0
+    for kept, expected in ((None, factor), (everything, 2.5)):
+        np.testing.assert_allclose(
+            route_backward(grad, logits, ids, scaled, kept),
+            expected * route_backward(grad, logits, ids, plain, kept),
+            rtol=1e-14,
+            atol=1e-16,
+        )
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize("ids", [[[2, 0, 3]], [[1, -1, 0]], [[-1, 3, -1]]])
 @pytest.mark.parametrize("drops", [None, [[True, True, False]], [[False, False, True]]])
 def test_gradient(scoring: str, ids: list, drops: list | None, assert_gradient) -> None:
