@@ -288,7 +288,7 @@ RARE = {
     "probabilities that underflow": moe_problems(
         moe_configs(num_experts=8, top_k=3), num_tokens=5, values=("integer",), logit_exponent=10
     ),
-    "many experts and choices": moe_problems(moe_configs(num_experts=20, top_k=9), num_tokens=4),
+    "many experts and choices": moe_problems(moe_configs(num_experts=20, top_k=9), num_tokens=2),
 }
 
 

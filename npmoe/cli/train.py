@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -99,7 +100,13 @@ def run(options: argparse.Namespace) -> int:
     threads = min(2, os.cpu_count() or 1) if options.threads is None else options.threads
     folder, config, text = _resume(options) if options.resume else _start(options, threads, backend)
     _print_plan(config, folder, threads)
-    with _ctrl_c() as interrupted, closing(_Bar(config.steps)) as bar:
+    with (
+        _ctrl_c() as interrupted,
+        closing(_Bar(config.steps)) as bar,
+        warnings.catch_warnings(),
+    ):
+        # What overflows is reported by the step that it spoils.
+        warnings.simplefilter("ignore", RuntimeWarning)
         result = train(
             config,
             text,

@@ -231,7 +231,7 @@ def test_an_error_of_three_bounds_is_found(name: str) -> None:
             assert_within(wrong, reference, bound, what)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(name=st.sampled_from(sorted(CONFIGS)), seed=st.integers(0, 2**32 - 1))
 def test_a_dense_float32_layer_is_within_the_bound(name: str, seed: int) -> None:
     """Weights before the second product, all experts for all tokens: no code of npmoe.layer."""
