@@ -11,7 +11,7 @@ import numpy as np
 from npmoe._typing import Array
 from npmoe.errors import DTypeError, RangeError, ShapeError
 
-FLOAT_DTYPES = ("float32", "float64")
+FLOAT_DTYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 
 
 class Axes:
@@ -20,7 +20,8 @@ class Axes:
     def __init__(self, function: str) -> None:
         self.function = function
         self._sizes: dict[str, int] = {}
-        self._bound_by: dict[str, str] = {}
+        # A source in words, or an array's name and shape: words cost time, and few are needed.
+        self._bound_by: dict[str, str | tuple[str, tuple[int, ...]]] = {}
 
     def bind(self, source: str, **sizes: int) -> None:
         """Fix axis letters from something other than an array, for example a config."""
@@ -34,16 +35,23 @@ class Axes:
         A letter not bound yet is bound by this array.
         """
         shape = tuple(array.shape)
-        expected = [self._size(axis) for axis in axes]
-        if len(shape) != len(axes) or any(
-            e is not None and e != s for e, s in zip(expected, shape, strict=True)
-        ):
-            self._fail(name, shape, axes, expected)
-        for axis, size, known in zip(axes, shape, expected, strict=True):
+        new = []
+        fits = len(shape) == len(axes)
+        for axis, size in zip(axes, shape, strict=False):
+            known = self._size(axis)
             if known is None:
-                self.bind(f"{name} {shape}", **{axis: size})
+                new.append((axis, size))
+            elif known != size:
+                fits = False
+        if not fits:
+            self._fail(name, shape, axes, [self._size(axis) for axis in axes])
+        for axis, size in new:
+            self._sizes[axis] = size
+            self._bound_by[axis] = (name, shape)
 
     def _size(self, axis: str) -> int | None:
+        if axis in self._sizes or axis.isalpha():
+            return self._sizes.get(axis)
         factors = [int(f) if f.isdigit() else self._sizes.get(f) for f in axis.split("*")]
         known = [f for f in factors if f is not None]
         return math.prod(known) if len(known) == len(factors) else None
@@ -59,7 +67,9 @@ class Axes:
         by_source: dict[str, list[str]] = {}
         for letter in letters:
             if letter in self._bound_by:
-                by_source.setdefault(self._bound_by[letter], []).append(letter)
+                bound_by = self._bound_by[letter]
+                source = bound_by if isinstance(bound_by, str) else f"{bound_by[0]} {bound_by[1]}"
+                by_source.setdefault(source, []).append(letter)
         for source, bound in by_source.items():
             verb = "is" if len(bound) == 1 else "are"
             message += f" {', '.join(bound)} {verb} bound by {source}."

@@ -66,6 +66,8 @@ def test_flat_vector_is_behind_the_tree() -> None:
     tree = model()
     flat, views = flatten(tree)
     assert flat.tolist() == [9, 10, 0, 1, 2, 3, 4, 5, 7, 8, 8]
+    for (path, a), (_, b) in zip(named_arrays(views), named_arrays(tree), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
     flat += 1
     assert views.blocks[0].weight.tolist() == [[1, 2, 3], [4, 5, 6]]
     assert tree.blocks[0].weight[0, 0] == 0.0

@@ -82,11 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--experts", type=int, metavar="E", help="experts per layer (8)")
     model.add_argument("--top-k", type=int, metavar="K", help="experts per token (2)")
     model.add_argument("--capacity-factor", metavar="F", help="for example 1.25 (dropless)")
-    model.add_argument("--hidden-size", type=int, metavar="H", help="(128)")
+    model.add_argument("--hidden-size", type=int, metavar="H", help="(64)")
     model.add_argument("--layers", type=int, metavar="N", help="(4)")
-    model.add_argument("--context-length", type=int, metavar="L", help="(256)")
+    model.add_argument("--context-length", type=int, metavar="L", help="(128)")
     model.add_argument("--batch-size", type=int, metavar="B", help="sequences per step (8)")
-    model.add_argument("--learning-rate", type=float, metavar="R", help="(0.003)")
+    model.add_argument("--learning-rate", type=float, metavar="R", help="(0.004)")
 
 
 def run(options: argparse.Namespace) -> int:

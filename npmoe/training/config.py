@@ -57,7 +57,7 @@ class TrainConfig:
     micro_batches: int = 2
     seed: int = 0
     log_every: int = 10
-    eval_every: int = 200
+    eval_every: int = 250
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from npmoe.training.optimizer import AdamWConfig
 from npmoe.training.schedules import ScheduleConfig
 from npmoe.training.trainer import Trainer
 
-DEFAULT_STEPS = 400
+DEFAULT_STEPS = 1500
 _WARMUP_FRACTION = 0.05
 _CALIBRATION_STEPS = 4
 # Evaluation costs about a third of training per character; the rest is start, pictures, noise.
@@ -34,12 +34,11 @@ def language_recipe(
     num_experts: int = 8,
     top_k: int = 2,
     capacity_factor: str | None = None,
-    hidden_size: int = 128,
-    intermediate_size: int | None = None,
+    hidden_size: int = 64,
     num_layers: int = 4,
-    context_length: int = 256,
+    context_length: int = 128,
     batch_size: int = 8,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 4e-3,
 ) -> TrainConfig:
     """Return the config of a run on a text.
 
@@ -54,7 +53,7 @@ def language_recipe(
     dense : bool
         Train the dense variant: the same active parameters per token.
     num_experts, top_k, capacity_factor, hidden_size, num_layers, context_length
-        Of the model; an expert is as wide as twice the hidden size.
+        Of the model; an expert is as wide as the hidden size.
 
     Returns
     -------
@@ -72,7 +71,7 @@ def language_recipe(
     )
     moe = MoEConfig(
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size if intermediate_size is None else intermediate_size,
+        intermediate_size=hidden_size,
         num_experts=num_experts,
         top_k=top_k,
         renormalize=True,
