@@ -1,7 +1,8 @@
 """Run one MoE layer forward and backward, and look at what the router decided."""
 
-import npmoe
 import numpy as np
+
+import npmoe
 
 cfg = npmoe.MoEConfig(
     hidden_size=16, intermediate_size=32, num_experts=4, top_k=2, renormalize=True

@@ -4,8 +4,9 @@
 element by element and along random directions, and raises GradientError where they disagree.
 """
 
-import npmoe
 import numpy as np
+
+import npmoe
 
 
 def leaky_swiglu(pre):
@@ -25,9 +26,7 @@ def forgetful_backward(grad_act, pre):
     """The same, but the leak was forgotten: an easy mistake to make."""
     g, u = np.split(pre, 2, axis=-1)
     s = 1 / (1 + np.exp(-g))
-    return np.concatenate(
-        [grad_act * u * s * (1 + g * (1 - s)), grad_act * g * s], axis=-1
-    )
+    return np.concatenate([grad_act * u * s * (1 + g * (1 - s)), grad_act * g * s], axis=-1)
 
 
 pre = np.random.default_rng(0).standard_normal((3, 8))

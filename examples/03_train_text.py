@@ -1,6 +1,6 @@
 """Train a small character model with MoE blocks from Python, and let it write.
 
-    python examples/03_train_text.py --steps 200 --out runs/example
+python examples/03_train_text.py --steps 200 --out runs/example
 """
 
 import argparse

@@ -12,9 +12,10 @@ import statistics
 import time
 
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
 from npmoe.training import CharVocabulary, Trainer, batch, language_recipe, python_topics_text
 from npmoe.training.loop import single_threaded_blas
-from transformers import MixtralConfig, MixtralForCausalLM
 
 
 def build_twin(config, experts):

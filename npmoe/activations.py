@@ -61,11 +61,12 @@ def swiglu_backward(grad_act: Array, pre: Array) -> tuple[Array, Array]:
     grad_pre = xp.empty_like(pre)
     grad_g, grad_u = grad_pre[..., :half], grad_pre[..., half:]
     xp.multiply(grad_act, silu, out=grad_u)
-    # u*s*(1 + g*(1 - s)) = s*u + act - act*s = s*(u - act) + act
-    xp.subtract(u, act, out=silu)
-    silu *= s
-    silu += act
-    xp.multiply(grad_act, silu, out=grad_g)
+    # s + silu*(1 - s), in this order: where s rounds to 1 nothing cancels.
+    slope = 1.0 - s
+    slope *= silu
+    slope += s
+    slope *= u
+    xp.multiply(grad_act, slope, out=grad_g)
     return act, grad_pre
 
 

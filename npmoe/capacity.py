@@ -97,7 +97,7 @@ def divide_by_sum_backward(grad: Array, weights: Array) -> Array:
     """Return the gradient of `weights`: (grad - <grad, w/D>) / D with D = sum of the row."""
     xp = array_namespace(weights)
     total = weights.sum(axis=1, keepdims=True)
-    inverse = xp.where(total > 0, 1.0, 0.0).astype(weights.dtype)
-    inverse /= xp.where(total > 0, total, xp.ones_like(total))
-    inner = (grad * weights).sum(axis=1, keepdims=True) * inverse
-    return (grad - inner) * inverse
+    divisor = xp.where(total > 0, total, xp.ones_like(total))
+    # <grad, w/D>, not <grad, w>/D: a lone weight then gives exactly zero.
+    inner = (grad * (weights / divisor)).sum(axis=1, keepdims=True)
+    return xp.where(total > 0, (grad - inner) / divisor, xp.zeros_like(grad))

@@ -55,7 +55,7 @@ def load_balancing_loss(
     if num_valid == 0:
         return 0.0, xp.zeros_like(probs)
     ids = routing.topk_ids.reshape(-1)
-    counts = xp.bincount(xp.maximum(ids, -1) + 1, minlength=num_experts + 1)[1:]
+    counts = xp.bincount(ids + 1, minlength=num_experts + 1)[1:]
     factor = coefficient * num_experts / (num_valid * num_valid * top_k)
     slope = (counts * factor).astype(probs.dtype)  # d loss / d p_te, the same for every token
     value = float((probs.sum(axis=0, dtype=xp.float64) * counts).sum()) * factor

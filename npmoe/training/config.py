@@ -130,8 +130,8 @@ class TrainConfig:
         except (ValueError, KeyError, TypeError, NpmoeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise CheckpointError(
-                f"TrainConfig.from_json: {where} must be a readable config.json, got {reason}. It is "
-                "damaged or of another version: restore it from a copy, or start a new run."
+                f"TrainConfig.from_json: {where} must be a readable config.json, got {reason}. "
+                "It is damaged or of another version: restore it from a copy, or start a new run."
             ) from error
 
 
