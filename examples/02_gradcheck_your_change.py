@@ -23,7 +23,7 @@ def leaky_swiglu_backward(grad_act, pre):
 
 
 def forgetful_backward(grad_act, pre):
-    """The same, but the leak was forgotten: an easy mistake to make."""
+    """Forget the leak: an easy mistake to make."""
     g, u = np.split(pre, 2, axis=-1)
     s = 1 / (1 + np.exp(-g))
     return np.concatenate([grad_act * u * s * (1 + g * (1 - s)), grad_act * g * s], axis=-1)

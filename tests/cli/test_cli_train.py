@@ -218,4 +218,21 @@ def test_the_default_run_is_on_pythons_documentation(tmp_path, monkeypatch):
     ((config, text),) = begun
     assert text == python_topics_text()
     assert config == language_recipe(text, "pydoc_data.topics")
-    assert "Training on pydoc_data.topics: 4 layers of 128, 8 experts, top-2" in result.out
+    plan = f"{config.model.num_layers} layers of {config.model.hidden_size}, 8 experts, top-2"
+    assert f"Training on pydoc_data.topics: {plan}" in result.out
+
+
+def test_the_help_states_the_defaults_that_hold():
+    out = " ".join(npmoe("train", "--help").out.split())
+    config = language_recipe("abc" * 100, "test")
+    for option, value in {
+        "--steps N": config.steps,
+        "--experts E": config.model.moe.num_experts,
+        "--top-k K": config.model.moe.top_k,
+        "--hidden-size H": config.model.hidden_size,
+        "--layers N": config.model.num_layers,
+        "--context-length L": config.model.context_length,
+        "--batch-size B": config.batch_size,
+        "--learning-rate R": config.schedule.learning_rate,
+    }.items():
+        assert re.search(rf"{option} [^()]*\({re.escape(f'{value:g}')}\)", out), (option, value)

@@ -19,7 +19,7 @@ def tiny(**options):
 def test_the_default_run():
     config = language_recipe(TEXT, "test")
     assert (config.model.moe.num_experts, config.model.moe.top_k) == (8, 2)
-    assert config.model.num_heads == 4
+    assert config.model.num_heads == config.model.hidden_size // 32
     assert config.characters == "".join(sorted(set(TEXT)))
     assert config.schedule.warmup_steps == round(config.steps * 0.05)
     dense = language_recipe(TEXT, "test", dense=True)
