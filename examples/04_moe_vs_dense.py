@@ -19,7 +19,7 @@ def main():
     parser.add_argument("--out", default="runs/moe_vs_dense", help="folder for the runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     text = python_topics_text()
     losses = {"moe": [], "dense": []}
@@ -29,7 +29,7 @@ def main():
                 text, "pydoc_data.topics", steps=options.steps, seed=seed, dense=name == "dense"
             )
             folder = RunFolder.create(Path(options.out) / f"{name}-{seed}")
-            result = train(config, text, folder, threads=options.threads)
+            result = train(config, text, folder, workers=options.workers)
             values.append(result.evaluation.loss)
             print(f"{name:5s} seed {seed}: validation loss {values[-1]:.4f}", flush=True)
     means = {name: sum(values) / len(values) for name, values in losses.items()}

@@ -66,7 +66,7 @@ def main():
     ids = CharVocabulary(config.characters).encode(text)
     twins = {name: build_twin(config, name) for name in ("grouped_mm", "eager")}
     times = {name: [] for name in ("npmoe", *twins)}
-    trainer = Trainer(config, ids, threads=options.threads)
+    trainer = Trainer(config, ids, workers=options.threads)
     for r in range(options.rounds + 2):
         start = time.perf_counter()
         with single_threaded_blas():

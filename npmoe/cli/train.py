@@ -33,6 +33,7 @@ from npmoe.training import (
     train,
 )
 from npmoe.training.recipe import DEFAULT_STEPS, language_recipe, steps_for_seconds, with_steps
+from npmoe.training.workers import can_fork
 
 HELP = "train a character model"
 DESCRIPTION = (
@@ -53,7 +54,7 @@ _MODEL_OPTIONS = {
 _LEAST = {
     "steps": 1,
     "seed": 0,
-    "threads": 1,
+    "workers": 1,
     "experts": 1,
     "top_k": 1,
     "hidden_size": 2,
@@ -74,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N", help="of everything random (0)")
     parser.add_argument("--backend", help="backend of the MoE layers (numpy)")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="does not change the result (2, if available)"
+        "--workers", type=int, metavar="N", help="does not change the result (2, if available)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the summary to FILE")
     model = parser.add_argument_group("model")
@@ -97,9 +98,9 @@ def run(options: argparse.Namespace) -> int:
     check_json(options.json)
     _require_packages()
     backend = host_backend("train", options.backend)
-    threads = min(2, os.cpu_count() or 1) if options.threads is None else options.threads
-    folder, config, text = _resume(options) if options.resume else _start(options, threads, backend)
-    _print_plan(config, folder, threads)
+    workers = _default_workers() if options.workers is None else options.workers
+    folder, config, text = _resume(options) if options.resume else _start(options, workers, backend)
+    _print_plan(config, folder, workers)
     with (
         _ctrl_c() as interrupted,
         closing(_Bar(config.steps)) as bar,
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
             config,
             text,
             folder,
-            threads=threads,
+            workers=workers,
             backend=backend,
             on_step=bar.update,
             should_stop=lambda: bool(interrupted),
@@ -132,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _start(
-    options: argparse.Namespace, threads: int, backend: Backend
+    options: argparse.Namespace, workers: int, backend: Backend
 ) -> tuple[RunFolder, TrainConfig, str]:
     if options.text is None:
         text, source = python_topics_text(), TOPICS
@@ -160,7 +161,7 @@ def _start(
     split_text(ids, config.model.context_length)  # too short a text leaves no folder behind
     folder = RunFolder.create(_next_folder() if options.out is None else options.out)
     if options.seconds is not None:
-        steps = steps_for_seconds(config, text, options.seconds, threads=threads, backend=backend)
+        steps = steps_for_seconds(config, text, options.seconds, workers=workers, backend=backend)
         config = with_steps(config, steps)
     return folder, config, text
 
@@ -181,6 +182,10 @@ def _resume(options: argparse.Namespace) -> tuple[RunFolder, TrainConfig, str]:
     config = read_config(folder)
     source = options.text or config.text_source
     return folder, config, python_topics_text() if source == TOPICS else read_text(source)
+
+
+def _default_workers() -> int:
+    return min(2, os.cpu_count() or 1) if can_fork() else 1
 
 
 def _next_folder() -> Path:
@@ -281,14 +286,14 @@ class _Bar:
             self.bar.close()
 
 
-def _print_plan(config: TrainConfig, folder: RunFolder, threads: int) -> None:
+def _print_plan(config: TrainConfig, folder: RunFolder, workers: int) -> None:
     model = config.model
     moe = model.moe
     kind = "dense blocks" if moe is None else f"{moe.num_experts} experts, top-{moe.top_k}"
     print(
         f"Training on {config.text_source}: {model.num_layers} layers of {model.hidden_size}, "
         f"{kind}, {config.steps} steps of {config.tokens_per_step:,} characters, "
-        f"{threads} thread{'s' if threads > 1 else ''}; run folder {folder.path}"
+        f"{workers} process{'es' if workers > 1 else ''}; run folder {folder.path}"
     )
 
 

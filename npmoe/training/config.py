@@ -18,7 +18,7 @@ FORMAT = "npmoe-run-1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """Say what a training run computes; threads and folders do not change its result.
+    """Say what a training run computes; workers and folders do not change its result.
 
     Parameters
     ----------

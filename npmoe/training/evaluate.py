@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +53,16 @@ class Evaluation:
         return self.dropped / chosen if chosen else 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchEvaluation:
+    """Sums over one batch: nats, targets, choices (MoE layers, V, E) and dropped routes."""
+
+    nats: float
+    targets: int
+    served: HostArray
+    dropped: int
+
+
 def evaluate(
     params: LanguageParams,
     cfg: LanguageConfig,
@@ -61,7 +70,6 @@ def evaluate(
     *,
     batch_size: int = 8,
     backend: str | Backend | None = None,
-    map_function: Callable[..., Iterable[tuple[float, int, HostArray, int]]] = map,
 ) -> Evaluation:
     """Return the loss over a text, each character but the first predicted exactly once.
 
@@ -78,8 +86,6 @@ def evaluate(
     batch_size : int
         Windows at a time.
     backend : str, Backend or None
-    map_function : callable
-        ``map``, or that of a thread pool; the result does not depend on it.
 
     Returns
     -------
@@ -90,30 +96,48 @@ def evaluate(
     DataError
         If the text is shorter than the context.
     """
+    return sum_batches(
+        [
+            evaluate_batch(params, cfg, inputs, targets, backend=backend)
+            for inputs, targets in validation_batches(ids, cfg.context_length, batch_size)
+        ]
+    )
+
+
+def evaluate_batch(
+    params: LanguageParams,
+    cfg: LanguageConfig,
+    inputs: HostArray,
+    targets: HostArray,
+    *,
+    backend: str | Backend | None = None,
+) -> BatchEvaluation:
+    """Return the sums over one batch of inputs and targets (B, L)."""
     moe = None if cfg.moe is None else cfg.moe.for_evaluation()
     num_experts = 0 if moe is None else moe.num_experts
+    logits, saved = language_forward(inputs, params, cfg, moe=moe, backend=backend)
+    loss, _ = nn.cross_entropy(logits.reshape(-1, cfg.vocab_size), targets.reshape(-1))
+    served = np.zeros((cfg.num_moe_layers, cfg.vocab_size, num_experts), np.int64)
+    dropped = 0
+    layers = [block.moe for block in saved.blocks if block.moe is not None]
+    for number, layer in enumerate(layers):
+        chosen = layer.routing.topk_ids  # (T, K)
+        cells = inputs.reshape(-1, 1) * num_experts + chosen
+        counts = np.bincount(cells.ravel(), minlength=cfg.vocab_size * num_experts)
+        served[number] = counts.reshape(cfg.vocab_size, num_experts)
+        dropped += layer.stats().dropped_routes
+    return BatchEvaluation(
+        nats=loss * targets.size, targets=targets.size, served=served, dropped=dropped
+    )
 
-    def work(pair: tuple[HostArray, HostArray]) -> tuple[float, int, HostArray, int]:
-        inputs, targets = pair
-        logits, saved = language_forward(inputs, params, cfg, moe=moe, backend=backend)
-        loss, _ = nn.cross_entropy(logits.reshape(-1, cfg.vocab_size), targets.reshape(-1))
-        served = np.zeros((cfg.num_moe_layers, cfg.vocab_size, num_experts), np.int64)
-        dropped = 0
-        layers = [block.moe for block in saved.blocks if block.moe is not None]
-        for number, layer in enumerate(layers):
-            chosen = layer.routing.topk_ids  # (T, K)
-            cells = inputs.reshape(-1, 1) * num_experts + chosen
-            counts = np.bincount(cells.ravel(), minlength=cfg.vocab_size * num_experts)
-            served[number] = counts.reshape(cfg.vocab_size, num_experts)
-            dropped += layer.stats().dropped_routes
-        return loss * targets.size, targets.size, served, dropped
 
-    results = list(map_function(work, validation_batches(ids, cfg.context_length, batch_size)))
-    count = sum(r[1] for r in results)
+def sum_batches(batches: list[BatchEvaluation]) -> Evaluation:
+    """Return the evaluation of a whole text from its batches, in their order."""
+    count = sum(b.targets for b in batches)
     if count == 0:
         raise DataError("evaluate: ids must hold at least one target, got none.")
     return Evaluation(
-        loss=sum(r[0] for r in results) / count,
-        served=np.sum([r[2] for r in results], axis=0),
-        dropped=sum(r[3] for r in results),
+        loss=sum(b.nats for b in batches) / count,
+        served=np.sum([b.served for b in batches], axis=0),
+        dropped=sum(b.dropped for b in batches),
     )

@@ -14,7 +14,7 @@ from npmoe.models.language import LanguageParams, host_backend, init_language_pa
 from npmoe.training.checkpoint import load_checkpoint, save_checkpoint
 from npmoe.training.config import TrainConfig, text_sha256
 from npmoe.training.data import CharVocabulary, split_text
-from npmoe.training.evaluate import Evaluation, evaluate
+from npmoe.training.evaluate import Evaluation
 from npmoe.training.files import RunFolder, exists, write_text_atomic
 from npmoe.training.log import JsonlLog
 from npmoe.training.trainer import StepReport, Trainer, load_params
@@ -62,7 +62,7 @@ class TrainResult:
 
 @contextlib.contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """Hold every BLAS call to one thread: threads then cannot change a bit of the result.
+    """Hold every BLAS call to one thread: its threads then cannot change a bit of the result.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def train(
     text: str,
     folder: RunFolder,
     *,
-    threads: int = 1,
+    workers: int = 1,
     backend: str | Backend | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -100,8 +100,8 @@ def train(
         The whole text; its last tenth is for validation.
     folder : RunFolder
         Receives config.json, log.jsonl and checkpoint.safetensors.
-    threads : int
-        Micro-batches that run at once; does not change the result.
+    workers : int
+        Processes that compute micro-batches at the same time; does not change the result.
     backend : str, Backend or None
         Runs the MoE sublayers; must work on host arrays.
     on_step : callable
@@ -124,7 +124,7 @@ def train(
 
     Notes
     -----
-    **Order**: bitwise equal for any number of threads and wherever it was interrupted, given the
+    **Order**: bitwise equal for any number of workers and wherever it was interrupted, given the
     same library versions and processor.
     """
     run = host_backend("train", backend)
@@ -138,7 +138,7 @@ def train(
     log = JsonlLog(folder.log)
     with (
         single_threaded_blas(),
-        contextlib.closing(Trainer(config, train_ids, threads=threads, backend=run)) as trainer,
+        contextlib.closing(Trainer(config, train_ids, workers=workers, backend=run)) as trainer,
     ):
         if not exists(folder.config):
             write_text_atomic(folder.config, config.to_json())
@@ -150,14 +150,6 @@ def train(
         if exists(folder.checkpoint):
             _restore(trainer, folder, config)
         log.truncate_after(trainer.step_number)
-        # The validation batches share the training threads.
-        map_function = map if threads == 1 else trainer.pool.map
-
-        def measure(part: Any) -> Evaluation:
-            return evaluate(
-                trainer.params, config.model, part, backend=run, map_function=map_function
-            )
-
         seconds, made, stopped = 0.0, 0, False
         evaluation = None
         while trainer.step_number < config.steps and not stopped:
@@ -168,7 +160,9 @@ def train(
             done = trainer.step_number
             speed = made * config.tokens_per_step / seconds
             last = done == config.steps
-            evaluation = measure(val_ids) if last or done % config.eval_every == 0 else None
+            evaluation = (
+                trainer.evaluate(val_ids) if last or done % config.eval_every == 0 else None
+            )
             if evaluation is not None or done % config.log_every == 0:
                 log.append(_record(report, done, speed, evaluation))
             stopped = should_stop()
@@ -182,13 +176,13 @@ def train(
             )
         finished = trainer.step_number == config.steps
         if finished and evaluation is None:
-            evaluation = measure(val_ids)
+            evaluation = trainer.evaluate(val_ids)
         return TrainResult(
             step=trainer.step_number,
             tokens_per_second=made * config.tokens_per_step / seconds if made else 0.0,
             params=trainer.params,
             evaluation=evaluation if finished else None,
-            train_loss=measure(train_ids[-len(val_ids) :]).loss if finished else None,
+            train_loss=trainer.evaluate(train_ids[-len(val_ids) :]).loss if finished else None,
         )
 
 

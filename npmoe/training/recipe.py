@@ -117,7 +117,7 @@ def steps_for_seconds(
     text: str,
     seconds: float,
     *,
-    threads: int = 1,
+    workers: int = 1,
     backend: str | Backend | None = None,
 ) -> int:
     """Return how many steps fit into a budget, by timing a few on a throw-away copy.
@@ -129,7 +129,7 @@ def steps_for_seconds(
     text : str
     seconds : float
         For the whole run, evaluation included.
-    threads, backend
+    workers, backend
         As for `train`.
 
     Returns
@@ -149,7 +149,7 @@ def steps_for_seconds(
     begin = time.perf_counter()
     with single_threaded_blas():
         trainer = Trainer(
-            with_steps(config, _CALIBRATION_STEPS + 1), train_ids, threads=threads, backend=backend
+            with_steps(config, _CALIBRATION_STEPS + 1), train_ids, workers=workers, backend=backend
         )
         trainer.step()
         start = time.perf_counter()

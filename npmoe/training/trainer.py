@@ -1,8 +1,7 @@
-"""Trainer: parameters, optimizer and one training step, spread over threads."""
+"""Trainer: parameters, optimizer and one training step, spread over processes."""
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,13 +11,16 @@ from npmoe.backends import Backend
 from npmoe.models.language import LanguageParams, init_language_params, language_loss
 from npmoe.stats import max_violation
 from npmoe.training.config import TrainConfig
-from npmoe.training.data import batch
+from npmoe.training.data import batch, validation_batches
+from npmoe.training.evaluate import BatchEvaluation, Evaluation, evaluate_batch, sum_batches
 from npmoe.training.optimizer import AdamW, AdamWState, make_groups
 from npmoe.training.schedules import learning_rate, router_noise
+from npmoe.training.workers import Workers, shared_array
 from npmoe.tree import flatten, named_arrays, unflatten
 
 # The second number of a seed sequence tells the uses of one seed apart.
 _STEP_STREAM = 1
+_EVALUATION_BATCH = 8  # windows at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +68,9 @@ class Trainer:
     config : TrainConfig
     ids : (N,) int array
         The training text.
-    threads : int
-        Micro-batches that run at once; does not change the result as long as every BLAS call
-        runs in one thread.
+    workers : int
+        Processes that compute micro-batches at the same time; does not change the result as long
+        as every BLAS call runs in one thread.
     backend : str, Backend or None
         Runs the MoE sublayers; a host backend.
     """
@@ -78,31 +80,28 @@ class Trainer:
         config: TrainConfig,
         ids: HostArray,
         *,
-        threads: int = 1,
+        workers: int = 1,
         backend: str | Backend | None = None,
     ) -> None:
         self.config = config
         self.ids = ids
         self.backend = backend
-        self.threads = threads
         self.step_number = 0
-        self.pool = ThreadPoolExecutor(threads)
-        self.flat_params, self.params = flatten(init_language_params(config.model, config.seed))
-        self._flat_grads = np.empty(
-            (config.micro_batches, self.flat_params.size), self.flat_params.dtype
-        )
-        self._grads = [unflatten(flat, self.params) for flat in self._flat_grads]
+        initial, like = flatten(init_language_params(config.model, config.seed))
+        self.flat_params = shared_array(initial.shape, initial.dtype)
+        self.flat_params[...] = initial
+        self.params = unflatten(self.flat_params, like)
+        self._flat_grads = shared_array((config.micro_batches, initial.size), initial.dtype)
+        self._grads = [unflatten(flat, like) for flat in self._flat_grads]
         self.optimizer = AdamW(
-            self.flat_params,
-            make_groups(self.params, config.optimizer),
-            config.optimizer,
-            pool=self.pool,
-            threads=threads,
+            self.flat_params, make_groups(self.params, config.optimizer), config.optimizer
         )
+        # Last, since the copies see this object as it is now.
+        self.workers = Workers(self, workers)
 
     def close(self) -> None:
-        """End the threads."""
-        self.pool.shutdown()
+        """End the worker processes."""
+        self.workers.close()
 
     def step(self) -> StepReport:
         """Make the next step.
@@ -113,15 +112,8 @@ class Trainer:
             If logits or gradients are not finite; the parameters are unchanged.
         """
         config, number = self.config, self.step_number
-        inputs, targets = batch(
-            self.ids, config.model.context_length, config.batch_size, config.seed, number
-        )
-        parts = [
-            (i, inputs[i :: config.micro_batches], targets[i :: config.micro_batches])
-            for i in range(config.micro_batches)
-        ]
-        run = map if self.threads == 1 else self.pool.map
-        results = list(run(self._micro_batch, parts))
+        parts = [(number, index) for index in range(config.micro_batches)]
+        results: list[_MicroResult] = self.workers.map("compute_part", parts)
         total = self._flat_grads[0]
         for other in self._flat_grads[1:]:
             total += other
@@ -140,20 +132,35 @@ class Trainer:
             drop_rate=float(dropped / chosen) if chosen else 0.0,
         )
 
-    def _micro_batch(self, part: tuple[int, HostArray, HostArray]) -> _MicroResult:
-        """Put the gradients of one micro-batch into its row of the gradient buffer."""
-        index, inputs, targets = part
+    def evaluate(self, ids: HostArray) -> Evaluation:
+        """Return the loss over a text; as `evaluate`, spread over the workers."""
+        pairs = list(validation_batches(ids, self.config.model.context_length, _EVALUATION_BATCH))
+        return sum_batches(self.workers.map("evaluate_part", pairs))
+
+    def evaluate_part(self, pair: tuple[HostArray, HostArray]) -> BatchEvaluation:
+        """Evaluate one batch; runs in a worker."""
+        return evaluate_batch(self.params, self.config.model, *pair, backend=self.backend)
+
+    def compute_part(self, part: tuple[int, int]) -> _MicroResult:
+        """Put the gradients of micro-batch (step, index) into its row; runs in a worker."""
+        number, index = part
         config = self.config
+        inputs, targets = (
+            array[index :: config.micro_batches]
+            for array in batch(
+                self.ids, config.model.context_length, config.batch_size, config.seed, number
+            )
+        )
         moe = config.model.moe
         if moe is not None:
-            noise = router_noise(self.step_number, config.schedule)
+            noise = router_noise(number, config.schedule)
             moe = replace(moe, router_noise_std=noise)
         result = language_loss(
             inputs,
             targets,
             self.params,
             config.model,
-            rng=np.random.default_rng((config.seed, _STEP_STREAM, self.step_number, index)),
+            rng=np.random.default_rng((config.seed, _STEP_STREAM, number, index)),
             moe=moe,
             backend=self.backend,
             out=self._grads[index],

@@ -21,7 +21,7 @@ for package in ("safetensors", "threadpoolctl", "tqdm", "matplotlib"):
 
 WORDS = ["the", "quick", "Brown", "fox", "jumps", "over", "12", "lazy", "dogs;", "and", "then?\n"]
 COMMAND = [sys.executable, "-c", "import sys; from npmoe.cli import main; sys.exit(main())"]
-SIZES = "--hidden-size 32 --layers 1 --context-length 16 --batch-size 4 --experts 4 --threads 1"
+SIZES = "--hidden-size 32 --layers 1 --context-length 16 --batch-size 4 --experts 4 --workers 1"
 TINY = SIZES.split()
 
 

@@ -81,7 +81,7 @@ def test_a_text_that_is_not_utf8(tmp_path):
         (["--seconds", "nan"], ["--seconds must be positive and finite, got nan"]),
         (["--seconds", "inf"], ["--seconds must be positive and finite, got inf"]),
         (["--seed", "-1"], ["--seed must be at least 0, got -1"]),
-        (["--threads", "0"], ["--threads must be at least 1, got 0"]),
+        (["--workers", "0"], ["--workers must be at least 1, got 0"]),
         (["--learning-rate", "nan"], ["--learning-rate must be positive and finite, got nan"]),
         (["--learning-rate", "0"], ["--learning-rate must be positive and finite, got 0.0"]),
         (["--learning-rate", "-1"], ["--learning-rate must be positive and finite, got -1.0"]),
@@ -288,7 +288,7 @@ def test_a_full_disk_while_saving(started, quick):
     before = contents(started)
     size = len(before["checkpoint.safetensors"])
     assert size > 150_000
-    result = limited(100_000, "train", "--resume", "--out", started, "--threads", 1)
+    result = limited(100_000, "train", "--resume", "--out", started, "--workers", 1)
     assert result.code == 1
     line = last_line(result)
     assert "checkpoint.safetensors could not be written: File too large" in line

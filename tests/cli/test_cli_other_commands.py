@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import assert_one_message, finish, npmoe, start
+from conftest import TINY, assert_one_message, finish, npmoe, start
 
 import npmoe as package
 from npmoe import cli
@@ -161,7 +161,7 @@ def test_bad_options_of_gradcheck(options, part):
 @pytest.mark.parametrize("command", ["info", "gradcheck", "train"])
 @pytest.mark.parametrize("place", [".", "missing/summary.json"])
 def test_an_unwritable_summary_is_told_before_the_work(tmp_path, command, place):
-    options = ["--out", tmp_path / "run"] if command == "train" else []
+    options = ["--out", tmp_path / "run", "--steps", 1, *TINY] if command == "train" else []
     result = npmoe(command, *options, "--json", tmp_path / place)
     assert_one_message(result, "--json must name a file that can be written", str(tmp_path))
     assert result.out == ""

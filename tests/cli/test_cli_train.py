@@ -142,11 +142,11 @@ def test_a_capacity_drops(tmp_path, text_file):
     assert len(result.out.split("is the prompt):\n")[1]) > 400
 
 
-def test_seeds_and_threads(tmp_path, text_file, quick):
+def test_seeds_and_workers(tmp_path, text_file, quick):
     found = {}
     for name, options in {
         "one": ["--seed", 5],
-        "same": ["--seed", 5, "--threads", 2],
+        "same": ["--seed", 5, "--workers", 2],
         "other": ["--seed", 6],
     }.items():
         run(tmp_path, text_file, "--steps", 2, *options, name=name)

@@ -109,13 +109,13 @@ def test_a_stopped_run_continues_bitwise(undisturbed, tmp_path, stops):
             make_config(),
             TEXT,
             folder if number == 0 else RunFolder.open(tmp_path / "run"),
-            threads=1 + number % 2,
+            workers=1 + number % 2,
             should_stop=StopAt(stop - (stops[number - 1] if number else 0)),
             on_step=lambda progress, seen=seen: seen.append(progress.report.step + 1),
         )
         assert result.step == seen[-1] == stop
         assert result.evaluation is result.train_loss is None
-    result = train(read_config(folder), TEXT, folder, threads=2)
+    result = train(read_config(folder), TEXT, folder, workers=2)
     assert result.evaluation.loss == undisturbed[1].evaluation.loss
     assert_equal_to(undisturbed, folder)
 

@@ -1,4 +1,4 @@
-"""One training step: threads, micro-batches, what it depends on, and what it reports."""
+"""One training step: workers, micro-batches, what it depends on, and what it reports."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def make_config(*, dense=False, plain=False, capacity=None, **options):
     )
 
 
-def made(config, steps, *, threads=1, backend=None):
+def made(config, steps, *, workers=1, backend=None):
     with single_threaded_blas():
-        run = Trainer(config, IDS, threads=threads, backend=backend)
+        run = Trainer(config, IDS, workers=workers, backend=backend)
         reports = [run.step() for _ in range(steps)]
         run.close()
     return run, reports
@@ -90,11 +90,11 @@ def assert_same_bits(one, two):
 
 
 @pytest.mark.parametrize("dense", [False, True])
-def test_threads_change_no_bit(dense):
+def test_workers_change_no_bit(dense):
     config = make_config(dense=dense, micro_batches=4, capacity=None if dense else "0.8")
     states, reports = [], []
-    for threads in (1, 2, 4):
-        run, report = made(config, 5, threads=threads)
+    for workers in (1, 2, 4):
+        run, report = made(config, 5, workers=workers)
         states.append(run.state())
         reports.append([dataclasses.asdict(r) for r in report])
     assert_same_bits(states[0], states[1])
@@ -136,7 +136,7 @@ def test_a_step_is_a_function_of_the_state_and_the_step_number():
     with single_threaded_blas():
         after = [run.step() for _ in range(3)]
         other, _ = made(config, 7)  # has been elsewhere
-        other = Trainer(config, IDS, threads=2)
+        other = Trainer(config, IDS, workers=2)
         np.random.default_rng(1).random(3)
         other.load_state(state, 3)
         again = [other.step() for _ in range(3)]
@@ -163,11 +163,11 @@ def test_loading_copies():
     assert_same_bits(state, before)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("what", ["logits", "gradients"])
-def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, what, threads):
+def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, what, workers):
     run, _ = made(make_config(), 2)
-    run = Trainer(make_config(), IDS, threads=threads)
+    run = Trainer(make_config(), IDS, workers=workers)
     with single_threaded_blas():
         run.step()
         if what == "logits":
@@ -278,17 +278,17 @@ def test_evaluation_predicts_every_character_but_the_first_once(dense, length):
     assert found.load_imbalance == want
 
 
-def test_evaluation_is_the_same_with_threads_and_ignores_noise_and_dropout():
+def test_evaluation_is_the_same_with_workers_and_ignores_noise_and_dropout():
     config = make_config()
-    run, _ = made(config, 2, threads=2)
+    run, _ = made(config, 2, workers=2)
     one = evaluate(run.params, config.model, IDS[:200])
     noisy = dataclasses.replace(
         config.model, dropout=0.5, moe=dataclasses.replace(config.model.moe, router_noise_std=9.0)
     )
     with single_threaded_blas():
-        run = Trainer(config, IDS, threads=2)
+        run = Trainer(dataclasses.replace(config, model=noisy), IDS, workers=2)
         run.load_state(made(config, 2)[0].state(), 2)
-        two = evaluate(run.params, noisy, IDS[:200], map_function=run.pool.map)
+        two = run.evaluate(IDS[:200])
         run.close()
     assert one.loss == two.loss
     assert np.array_equal(one.served, two.served)
