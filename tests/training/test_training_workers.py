@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_copies_end_when_the_parent_is_killed():
 def _alive(process):
     """Whether a process runs; a zombie that nobody has waited for does not count."""
     try:
-        with open(f"/proc/{process}/stat") as file:
+        with Path(f"/proc/{process}/stat").open() as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
