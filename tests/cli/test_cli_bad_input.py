@@ -337,11 +337,12 @@ def test_a_full_disk_at_the_pictures_and_the_summary(run_folder, tmp_path):
 def test_ctrl_c_saves_and_the_run_continues_bitwise(tmp_path, text_file, quick, number):
     options = ["--text", text_file, *SIZES.split(), "--steps", "100"]
     folder = tmp_path / "run folder"
-    child = start("train", "--out", folder, *options)
+    # A terminal sends Ctrl-C to the worker processes too.
+    child = start("train", "--out", folder, *options, "--workers", 2, start_new_session=True)
     log = folder / "log.jsonl"
     while not (log.exists() and log.stat().st_size) and child.poll() is None:
         time.sleep(0.001)
-    child.send_signal(number)
+    os.killpg(child.pid, number)
     result = finish(child)
     assert result.code == 130, result
     assert "Traceback" not in result.err
@@ -352,7 +353,7 @@ def test_ctrl_c_saves_and_the_run_continues_bitwise(tmp_path, text_file, quick, 
     assert f"Interrupted after step {step} of 100; everything is saved." in result.err
     if number != signal.SIGINT:
         return
-    result = npmoe("train", "--resume", "--out", folder)
+    result = npmoe("train", "--resume", "--out", folder, "--workers", 1)
     assert result.code == 0, result
     assert npmoe("train", "--out", tmp_path / "whole", *options).code == 0
     for name in ("checkpoint.safetensors", "config.json"):
