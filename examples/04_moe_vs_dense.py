@@ -1,7 +1,7 @@
 """Does the MoE pay? Equal tokens, equal active parameters, three seeds each.
 
 Eight experts, two per token, against a dense model whose feed-forward is as wide as two experts
-(and a little wider, to make up for the router). About two minutes per run on two cores.
+(and a little wider, to make up for the router). About three minutes per run on two cores.
 
     python examples/04_moe_vs_dense.py --out runs/moe_vs_dense
 """
@@ -11,14 +11,13 @@ import os
 from pathlib import Path
 
 from npmoe.training import RunFolder, language_recipe, python_topics_text, train
-from npmoe.training.recipe import DEFAULT_STEPS
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="runs/moe_vs_dense", help="folder for the runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args()
     text = python_topics_text()

@@ -16,7 +16,7 @@ from npmoe.training.optimizer import AdamWConfig
 from npmoe.training.schedules import ScheduleConfig
 from npmoe.training.trainer import Trainer
 
-DEFAULT_STEPS = 1500
+DEFAULT_STEPS = 1200
 _WARMUP_FRACTION = 0.05
 _CALIBRATION_STEPS = 4
 # Evaluation costs about a third of training per character; the rest is start, pictures, noise.
