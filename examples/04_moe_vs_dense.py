@@ -7,10 +7,15 @@ Eight experts, two per token, against a dense model whose feed-forward is as wid
 """
 
 import argparse
-import os
 from pathlib import Path
 
-from npmoe.training import RunFolder, language_recipe, python_topics_text, train
+from npmoe.training import (
+    RunFolder,
+    default_workers,
+    language_recipe,
+    python_topics_text,
+    train,
+)
 
 
 def main():
@@ -18,7 +23,7 @@ def main():
     parser.add_argument("--out", default="runs/moe_vs_dense", help="folder for the runs")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=default_workers())
     options = parser.parse_args()
     text = python_topics_text()
     losses = {"moe": [], "dense": []}

@@ -33,7 +33,7 @@ from npmoe.training import (
     train,
 )
 from npmoe.training.recipe import DEFAULT_STEPS, language_recipe, steps_for_seconds, with_steps
-from npmoe.training.workers import can_fork
+from npmoe.training.workers import default_workers
 
 HELP = "train a character model"
 DESCRIPTION = (
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     check_json(options.json)
     _require_packages()
     backend = host_backend("train", options.backend)
-    workers = _default_workers() if options.workers is None else options.workers
+    workers = default_workers() if options.workers is None else options.workers
     folder, config, text = _resume(options) if options.resume else _start(options, workers, backend)
     _print_plan(config, folder, workers)
     with (
@@ -182,10 +182,6 @@ def _resume(options: argparse.Namespace) -> tuple[RunFolder, TrainConfig, str]:
     config = read_config(folder)
     source = options.text or config.text_source
     return folder, config, python_topics_text() if source == TOPICS else read_text(source)
-
-
-def _default_workers() -> int:
-    return min(2, os.cpu_count() or 1) if can_fork() else 1
 
 
 def _next_folder() -> Path:

@@ -21,6 +21,7 @@ from npmoe.training.optimizer import AdamW, AdamWConfig, AdamWState, ParameterGr
 from npmoe.training.recipe import language_recipe, steps_for_seconds, with_steps
 from npmoe.training.schedules import ScheduleConfig, learning_rate, router_noise
 from npmoe.training.trainer import StepReport, Trainer
+from npmoe.training.workers import Workers, default_workers, shared_array
 
 __all__ = [
     "CHARACTER_CLASSES",
@@ -38,8 +39,10 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "Workers",
     "batch",
     "character_class",
+    "default_workers",
     "evaluate",
     "language_recipe",
     "learning_rate",
@@ -52,6 +55,7 @@ __all__ = [
     "read_text",
     "router_noise",
     "save_checkpoint",
+    "shared_array",
     "split_text",
     "steps_for_seconds",
     "train",

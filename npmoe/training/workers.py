@@ -25,6 +25,11 @@ def can_fork() -> bool:
     return hasattr(os, "fork") and sys.platform != "darwin"
 
 
+def default_workers() -> int:
+    """Return 2 where that is possible, else 1."""
+    return min(2, os.cpu_count() or 1) if can_fork() else 1
+
+
 def shared_array(shape: tuple[int, ...], dtype: Any) -> HostArray:
     """Return a zeroed array whose memory processes forked later share with this one."""
     count = int(np.prod(shape, dtype=np.int64))
