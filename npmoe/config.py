@@ -282,6 +282,9 @@ def _is_finite(value: object) -> bool:
 def _exact(name: str, value: Any) -> Fraction:
     """Return a capacity factor as a positive Fraction; a float means its shortest decimal."""
     try:
+        # A huge exponent would fill the memory with digits before it could be compared.
+        if isinstance(value, str) and "e" in value.lower() and not 0 < float(value) < math.inf:
+            raise ValueError
         exact = Fraction(repr(float(value)) if isinstance(value, float) else value)
     except (ValueError, TypeError, ArithmeticError):
         exact = None

@@ -78,7 +78,10 @@ def test_every_bool_field_is_among_the_switches() -> None:
 @pytest.mark.parametrize("name", ["capacity_factor", "eval_capacity_factor"])
 @pytest.mark.parametrize(
     "value",
-    [0, -1.5, "0", "x", "1/0", "", float("nan"), float("inf"), True, [1], Decimal("Infinity")],
+    [
+        *(0, -1.5, "0", "x", "1/0", "", float("nan"), float("inf"), True, [1]),
+        *(Decimal("Infinity"), "1e999999999", "1E-999999999"),
+    ],
 )
 def test_factors_are_positive_numbers(name: str, value: object) -> None:
     expected = (
