@@ -4,8 +4,9 @@ import doctest
 import importlib
 import pkgutil
 
-import npmoe
 import pytest
+
+import npmoe
 
 MODULES = [
     "npmoe",
