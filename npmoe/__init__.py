@@ -1,5 +1,7 @@
 """Mixture of Experts in NumPy, with hand-written forward and backward.
 
+Public names are loaded at their first use.
+
 >>> import npmoe, numpy as np
 >>> cfg = npmoe.MoEConfig(hidden_size=8, intermediate_size=16, num_experts=4, top_k=2)
 >>> params = npmoe.init_params(cfg, rng=0)
@@ -10,29 +12,36 @@
 ((3, 8), (4, 32, 8))
 """
 
-from npmoe import losses
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy  # noqa: F401  # fails here and now where NumPy is missing
+
 from npmoe._version import __version__
-from npmoe.backends import available_backends, get_backend, use_backend
-from npmoe.capacity import expert_capacity
-from npmoe.config import MoEConfig
-from npmoe.dispatch import DispatchPlan
-from npmoe.errors import (
-    BackendUnavailableError,
-    CheckpointError,
-    DataError,
-    DTypeError,
-    GradientError,
-    NpmoeError,
-    PlanError,
-    RangeError,
-    ShapeError,
-    UnsupportedError,
-)
-from npmoe.finite_differences import GradcheckReport, gradcheck
-from npmoe.layer import MoELayer, SavedTensors, moe_backward, moe_forward
-from npmoe.params import MoEGrads, MoEParams, init_params
-from npmoe.routing import Routing
-from npmoe.stats import LoadStats
+
+if TYPE_CHECKING:
+    from npmoe import losses
+    from npmoe.backends import available_backends, get_backend, use_backend
+    from npmoe.capacity import expert_capacity
+    from npmoe.config import MoEConfig
+    from npmoe.dispatch import DispatchPlan
+    from npmoe.errors import (
+        BackendUnavailableError,
+        CheckpointError,
+        DataError,
+        DTypeError,
+        GradientError,
+        NpmoeError,
+        PlanError,
+        RangeError,
+        ShapeError,
+        UnsupportedError,
+    )
+    from npmoe.finite_differences import GradcheckReport, gradcheck
+    from npmoe.layer import MoELayer, SavedTensors, moe_backward, moe_forward
+    from npmoe.params import MoEGrads, MoEParams, init_params
+    from npmoe.routing import Routing
+    from npmoe.stats import LoadStats
 
 __all__ = [
     "BackendUnavailableError",
@@ -65,3 +74,37 @@ __all__ = [
     "moe_forward",
     "use_backend",
 ]
+
+# Where each public name lives; a test holds this table to the imports above, made for checkers.
+_HOMES = {
+    "backends": ("available_backends", "get_backend", "use_backend"),
+    "capacity": ("expert_capacity",),
+    "config": ("MoEConfig",),
+    "dispatch": ("DispatchPlan",),
+    "errors": (
+        *("BackendUnavailableError", "CheckpointError", "DataError", "DTypeError"),
+        *("GradientError", "NpmoeError", "PlanError", "RangeError", "ShapeError"),
+        "UnsupportedError",
+    ),
+    "finite_differences": ("GradcheckReport", "gradcheck"),
+    "layer": ("MoELayer", "SavedTensors", "moe_backward", "moe_forward"),
+    "params": ("MoEGrads", "MoEParams", "init_params"),
+    "routing": ("Routing",),
+    "stats": ("LoadStats",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at its first use."""
+    if name == "losses":
+        return import_module("npmoe.losses")
+    for module, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"npmoe.{module}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'npmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

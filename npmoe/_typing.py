@@ -1,13 +1,15 @@
 """Types shared by every room, and the one way to find an array's namespace."""
 
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 # An array of whichever backend is in use; host code uses HostArray.
 Array: TypeAlias = Any
-HostArray: TypeAlias = npt.NDArray[Any]
+HostArray: TypeAlias = "npt.NDArray[Any]"
 
 
 def array_namespace(x: Array) -> Any:

@@ -10,7 +10,7 @@ from npmoe._typing import Array, array_namespace
 from npmoe.special import erf
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Activation:
     """One activation: its function, its derivative and whether it has a gate half.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from npmoe._typing import Array, array_namespace
 from npmoe.config import MoEConfig
 from npmoe.dispatch import DispatchPlan
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 _ROUNDINGS: dict[str, Callable[[Fraction], int]] = {
     "ceil": math.ceil,
@@ -52,6 +55,8 @@ def expert_capacity(num_tokens: int, cfg: MoEConfig) -> int | None:
         return cfg.expert_capacity
     if cfg.capacity_factor is None:
         return None
+    from fractions import Fraction  # noqa: PLC0415  # slow to import, and a capacity is rare
+
     per_token = cfg.top_k if cfg.capacity_count_top_k else 1
     share = num_tokens * per_token * Fraction(cfg.capacity_factor) / cfg.num_experts
     rows = max(cfg.min_capacity, _ROUNDINGS[cfg.capacity_rounding](share))

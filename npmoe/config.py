@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from npmoe.activations import ACTIVATIONS
 from npmoe.errors import RangeError
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 RouterOrder = Literal["score_topk", "topk_score"]
 CapacityRounding = Literal["ceil", "floor", "round"]
@@ -227,12 +228,15 @@ class MoEConfig:
 
     def to_json(self) -> str:
         """Return the config as JSON text; fractions become strings."""
+        import json  # noqa: PLC0415  # here and below: slow to import, seldom needed
+
         return json.dumps(self.to_dict(), indent=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {k: str(v) if isinstance(v, Fraction) else v for k, v in values.items()}
+        exact = ("capacity_factor", "eval_capacity_factor")
+        return {k: str(v) if k in exact and v is not None else v for k, v in values.items()}
 
     @classmethod
     def from_json(cls, text: str) -> MoEConfig:
@@ -243,6 +247,8 @@ class MoEConfig:
         RangeError
             If the text is not a JSON object, or names a field that does not exist.
         """
+        import json  # noqa: PLC0415
+
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
@@ -281,6 +287,8 @@ def _is_finite(value: object) -> bool:
 
 def _exact(name: str, value: Any) -> Fraction:
     """Return a capacity factor as a positive Fraction; a float means its shortest decimal."""
+    from fractions import Fraction  # noqa: PLC0415
+
     try:
         # A huge exponent would fill the memory with digits before it could be compared.
         if isinstance(value, str) and "e" in value.lower() and not 0 < float(value) < math.inf:

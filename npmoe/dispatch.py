@@ -9,7 +9,7 @@ from npmoe._typing import Array, array_namespace
 from npmoe.errors import PlanError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DispatchPlan:
     """Rows in expert order, and the way there and back.
 

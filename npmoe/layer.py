@@ -46,7 +46,7 @@ from npmoe.routing import Routing
 from npmoe.stats import LoadStats, load_stats
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SavedTensors:
     """What `moe_backward` needs; `gate_up` (R, 2I) is the only activation kept per route.
 

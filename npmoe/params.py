@@ -13,7 +13,7 @@ from npmoe.config import MoEConfig
 from npmoe.errors import DTypeError, ShapeError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MoEParams:
     """Parameters of one layer; a field is None where the config has no such parameter.
 
@@ -36,7 +36,7 @@ class MoEParams:
     down_bias: Array | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MoEGrads(MoEParams):
     """Gradients: the fields of MoEParams, and that of the layer's input.
 

@@ -16,7 +16,7 @@ from npmoe.errors import RangeError
 _ARGMAX_TOP_K = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Routing:
     """What the router decided.
 

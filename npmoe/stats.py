@@ -12,7 +12,7 @@ from npmoe.dispatch import DispatchPlan
 from npmoe.routing import Routing
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LoadStats:
     """Load and drops of one call of the layer.
 

@@ -22,7 +22,7 @@ class Availability:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertGrads:
     """What the expert core's backward returns; biases are None where the experts have none."""
 
