@@ -1,13 +1,16 @@
 """Time training steps of the default model beside the same model in CPU PyTorch.
 
 The twin is Hugging Face's MixtralForCausalLM of the same sizes (grouped_mm experts, SDPA
-attention, its own auxiliary loss), torch.optim.AdamW and gradient clipping. Steps are taken in
-turn, round after round, so that a drifting machine hits both alike; figures are medians.
+attention, its own auxiliary loss), torch.optim.AdamW and gradient clipping. Each
+takes a few steps in turn, round after round, so that a drifting machine hits all alike; figures
+are medians. The pause and the untimed step between two turns let OpenMP's spinning threads rest.
 
     pip install 'npmoe[cli,parity]' && python examples/05_throughput_vs_torch.py
 """
 
 import argparse
+import contextlib
+import functools
 import statistics
 import time
 
@@ -16,6 +19,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from npmoe.training import CharVocabulary, Trainer, batch, language_recipe, python_topics_text
 from npmoe.training.loop import single_threaded_blas
+
+STEPS_PER_TURN = 5
 
 
 def build_twin(config, experts):
@@ -57,28 +62,33 @@ def torch_step(twin, optimizer, inputs, targets):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.workers)
     text = python_topics_text()
     config = language_recipe(text, "topics", steps=1000)
     ids = CharVocabulary(config.characters).encode(text)
     twins = {name: build_twin(config, name) for name in ("grouped_mm", "eager")}
     times = {name: [] for name in ("npmoe", *twins)}
-    trainer = Trainer(config, ids, workers=options.threads)
-    for r in range(options.rounds + 2):
-        start = time.perf_counter()
-        with single_threaded_blas():
-            trainer.step()
-        times["npmoe"].append(time.perf_counter() - start)
-        pair = batch(ids, config.model.context_length, config.batch_size, 0, r)
-        for name, (twin, optimizer) in twins.items():
-            start = time.perf_counter()
-            torch_step(twin, optimizer, *pair)
-            times[name].append(time.perf_counter() - start)
+    with single_threaded_blas():  # the worker processes are forked here and keep this limit
+        trainer = Trainer(config, ids, workers=options.workers)
+    pair = batch(ids, config.model.context_length, config.batch_size, 0, 0)
+    steps = {
+        "npmoe": trainer.step,
+        **{n: functools.partial(torch_step, *twin, *pair) for n, twin in twins.items()},
+    }
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            time.sleep(0.3)
+            with single_threaded_blas() if name == "npmoe" else contextlib.nullcontext():
+                step()
+                for _ in range(STEPS_PER_TURN):
+                    start = time.perf_counter()
+                    step()
+                    times[name].append(time.perf_counter() - start)
     trainer.close()
-    speed = {n: config.tokens_per_step / statistics.median(t[2:]) for n, t in times.items()}
+    speed = {n: config.tokens_per_step / statistics.median(t) for n, t in times.items()}
     for name, value in speed.items():
         print(f"{name:12s} {value:9,.0f} tokens/s   npmoe / this = {speed['npmoe'] / value:.2f}")
 
