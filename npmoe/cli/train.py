@@ -41,6 +41,8 @@ DESCRIPTION = (
     "on the language documentation that comes with Python, within three minutes on two cores."
 )
 TOPICS = "pydoc_data.topics"
+_PROMPT = "The "
+_TEMPERATURE = 0.6
 _MODEL_OPTIONS = {
     "experts": "num_experts",
     "top_k": "top_k",
@@ -127,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
     _draw(config, folder, result)
     summary = _summary(config, result, time.perf_counter() - begin)
     _print_summary(summary, folder)
-    _print_sample(config, text, result, backend)
+    _print_sample(config, result, backend)
     write_json(options.json, summary)
     return 0
 
@@ -333,20 +335,19 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     )
 
 
-def _print_sample(config: TrainConfig, text: str, result: TrainResult, backend: Backend) -> None:
-    """Print a continuation of the beginning of the validation text."""
+def _print_sample(config: TrainConfig, result: TrainResult, backend: Backend) -> None:
+    """Print what the model writes after a common word, or else after its last character."""
     vocabulary = CharVocabulary(config.characters)
-    _, val_ids = split_text(vocabulary.encode(text), config.model.context_length)
-    prompt = val_ids[: min(32, config.model.context_length)]
+    known = set(_PROMPT) <= set(config.characters)
+    prompt = _PROMPT if known else config.characters[-1]
     ids = generate(
-        prompt,
+        vocabulary.encode(prompt),
         400,
         result.params,
         config.model,
         seed=config.seed,
-        temperature=0.7,
+        temperature=_TEMPERATURE,
         backend=backend,
     )
-    print("\nA sample (the first line is the prompt):")
-    print(vocabulary.decode(prompt))
-    print(vocabulary.decode(list(ids)))
+    print(f"\nA sample, after {prompt!r} at temperature {_TEMPERATURE}:")
+    print(prompt + vocabulary.decode(list(ids)))

@@ -95,13 +95,21 @@ def test_the_summary_is_true(finished, text_file):
 def test_a_sample_is_printed_after_its_prompt(finished, text_file):
     _, result, _ = finished
     text = read_text(text_file)
-    prompt = text[len(text) - len(text) // 10 :][:16]
-    head, _, sample = result.out.partition("A sample (the first line is the prompt):\n")
+    prompt = "The " if set("The ") <= set(text) else max(text)
+    head, _, sample = result.out.partition(f"A sample, after {prompt!r} at temperature 0.6:\n")
     assert "validation loss" in head
-    assert sample.startswith(prompt + "\n")
-    body = sample[len(prompt) + 1 :]
+    assert sample.startswith(prompt)
+    body = sample[len(prompt) :]
     assert len(body) == 400 + 1
     assert set(body) <= set(text) | {"\n"}
+
+
+def test_a_sample_of_a_text_without_the_usual_prompt(tmp_path):
+    path = tmp_path / "digits.txt"
+    path.write_text("0123456789 " * 60)
+    result = npmoe("train", "--text", path, "--out", tmp_path / "run", *TINY, "--steps", 1)
+    assert result.code == 0, result
+    assert "A sample, after '9' at temperature 0.6:\n9" in result.out
 
 
 def test_a_second_run_takes_another_folder(tmp_path, monkeypatch, text_file):
@@ -139,7 +147,7 @@ def test_a_capacity_drops(tmp_path, text_file):
     assert 0.5 <= values["drop_rate"] < 1
     assert f"{values['drop_rate']:.2%}" in result.out
     # The sample is generated with one route per expert and token at a time.
-    assert len(result.out.split("is the prompt):\n")[1]) > 400
+    assert len(result.out.split("at temperature 0.6:\n")[1]) > 400
 
 
 def test_seeds_and_workers(tmp_path, text_file, quick):
