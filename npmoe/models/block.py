@@ -134,10 +134,15 @@ def feed_forward_backward(
     out: MoEParams | None,
 ) -> tuple[HostArray, nn.MLPParams | MoEParams]:
     """Return the gradients of x and of the parameters."""
-    if isinstance(saved, DenseSaved):
-        return nn.mlp_backward(grad_y, saved.x, saved.gate_up, params, cfg.activation)  # type: ignore[arg-type]
-    grads = moe_backward(grad_y, saved, params, grad_router_logits, out)  # type: ignore[arg-type]
-    return grads.hidden_states, grads.params()
+    if isinstance(saved, DenseSaved) and isinstance(params, nn.MLPParams):
+        return nn.mlp_backward(grad_y, saved.x, saved.gate_up, params, cfg.activation)
+    if isinstance(saved, SavedTensors) and isinstance(params, MoEParams):
+        grads = moe_backward(grad_y, saved, params, grad_router_logits, out)
+        return grads.hidden_states, grads.params()
+    raise RangeError(
+        "block_backward: saved must come from a block with these parameters, got "
+        f"{type(saved).__name__} with {type(params).__name__}."
+    )
 
 
 def init_block(

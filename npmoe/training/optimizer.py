@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,7 @@ from npmoe._typing import HostArray
 from npmoe.errors import RangeError
 from npmoe.tree import named_arrays
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from concurrent.futures import ThreadPoolExecutor
-
-# 128K float32: the six arrays of a chunk fit a 4 MiB cache, and each ufunc runs long enough
-# (tens of microseconds) that two threads seldom wait for the interpreter lock.
+# 128K float32: the six arrays of a chunk fit a 4 MiB cache.
 CHUNK_SIZE = 1 << 17
 # Moments of a parameter without gradient decay into denormals, where x86 is ten times slower.
 FLUSH_EVERY = 16
@@ -147,25 +142,20 @@ class AdamW:
         Adjacent slices that cover the vector, from `make_groups`.
     config : AdamWConfig
         Betas, eps and clipping.
-    pool : ThreadPoolExecutor, optional
-        Where all threads but the caller's run.
-    threads : int
-        How many threads share the chunks. The result does not depend on it.
 
     Raises
     ------
     RangeError
-        If the groups do not cover the vector, eps vanishes in its dtype, or threads has no pool.
+        If the groups do not cover the vector, or eps vanishes in its dtype.
 
     Notes
     -----
-    Cost: 13 elementwise operations; reads 4 N and writes 3 N numbers. Memory 2 N, and two
-    chunks of scratch for each thread.
+    Cost: 13 elementwise operations; reads 4 N and writes 3 N numbers. Memory 2 N, and
+    scratch of three chunks.
     Accuracy: the norm is summed in float64; the update runs in the dtype of the parameters.
     Denormal moments become zero every 16th step, which moves no parameter by more than
     1e-37 learning rates / eps.
-    Order: chunk boundaries and the order of the partial sums are fixed, so results are bitwise
-    reproducible for any number of threads.
+    Order: chunk boundaries and the order of the partial sums are fixed: bitwise reproducible.
 
     References
     ----------
@@ -177,9 +167,6 @@ class AdamW:
         flat_params: HostArray,
         groups: tuple[ParameterGroup, ...],
         config: AdamWConfig,
-        *,
-        pool: ThreadPoolExecutor | None = None,
-        threads: int = 1,
     ) -> None:
         check_float("AdamW", "flat_params", flat_params)
         Axes("AdamW").check("flat_params", flat_params, "N")
@@ -191,22 +178,16 @@ class AdamW:
             f"AdamW: eps must be at least {least:.2g} for {flat_params.dtype}, got {config.eps}. "
             "A smaller one would vanish and divide 0 by 0.",
         )
-        require(threads >= 1, f"AdamW: threads must be at least 1, got {threads}.")
-        require(
-            threads == 1 or pool is not None,
-            f"AdamW: pool must be a ThreadPoolExecutor with threads={threads}, got None.",
-        )
         self.params = flat_params
         self.groups = groups
         self.config = config
         self.m = np.zeros_like(flat_params)
         self.v = np.zeros_like(flat_params)
         self.t = 0
-        self._pool = pool
         self._chunks = _chunks(_merge(groups))
         size = max((chunk.stop - chunk.start for chunk in self._chunks), default=0)
-        self._scratch = [np.empty((2, size), flat_params.dtype) for _ in range(threads)]
-        self._wide = [np.empty(size, np.float64) for _ in range(threads)]
+        self._scratch = np.empty((2, size), flat_params.dtype)
+        self._wide = np.empty(size, np.float64)
 
     def step(self, flat_grads: HostArray, learning_rate: float) -> float:
         """Update the parameters and both moments once; return the norm before clipping.
@@ -272,17 +253,15 @@ class AdamW:
         self.t = int(state.t)
 
     def _norm(self, grads: HostArray) -> float:
-        partial = [0.0] * len(self._chunks)
-
-        def work(worker: int, number: int, chunk: ParameterGroup) -> None:
-            wide = self._wide[worker][: chunk.stop - chunk.start]
-            wide[...] = grads[chunk.start : chunk.stop]
-            np.multiply(wide, wide, out=wide)
-            partial[number] = float(np.add.reduce(wide))
-
-        self._for_each_chunk(work)
-        # sum, not fsum: infinities of both signs and NaN must pass through
-        return math.sqrt(sum(partial))
+        total = 0.0
+        # A plain sum: infinities of both signs and NaN must pass through.
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            for chunk in self._chunks:
+                wide = self._wide[: chunk.stop - chunk.start]
+                wide[...] = grads[chunk.start : chunk.stop]
+                np.multiply(wide, wide, out=wide)
+                total += float(np.add.reduce(wide))
+        return math.sqrt(total)
 
     def _check_norm(self, grads: HostArray, norm: float) -> None:
         limit = math.sqrt(float(np.finfo(grads.dtype).max))
@@ -312,49 +291,30 @@ class AdamW:
         eps = config.eps * root2
         flush = self.t % FLUSH_EVERY == 0
 
-        def work(worker: int, number: int, chunk: ParameterGroup) -> None:  # noqa: ARG001
-            part = slice(chunk.start, chunk.stop)
-            p, g, m, v = self.params[part], grads[part], self.m[part], self.v[part]
-            a, b = self._scratch[worker][:, : chunk.stop - chunk.start]
-            np.multiply(g, to_m, out=a)
-            np.multiply(m, config.beta1, out=m)
-            np.add(m, a, out=m)
-            np.multiply(g, to_root_v, out=b)
-            np.multiply(b, b, out=b)
-            np.multiply(v, config.beta2, out=v)
-            np.add(v, b, out=v)
-            if flush:
-                _flush_denormals(m, a)
-                _flush_denormals(v, a)
-            np.sqrt(v, out=b)
-            np.add(b, eps, out=b)
-            np.divide(m, b, out=b)
-            rate = learning_rate * chunk.lr_factor
-            np.multiply(b, rate * root2 / (1 - config.beta1**self.t), out=b)
-            if chunk.weight_decay:
-                np.multiply(p, 1 - rate * chunk.weight_decay, out=p)
-            np.subtract(p, b, out=p)
-
-        self._for_each_chunk(work)
-
-    def _for_each_chunk(self, work: Callable[[int, int, ParameterGroup], None]) -> None:
-        """Call ``work(worker, number, chunk)`` for every chunk, every worker its own stride."""
-        numbered = list(enumerate(self._chunks))
-        threads = len(self._scratch)
-
-        def run(worker: int) -> None:
-            # The error state does not follow into pool threads; overflow is checked in the norm.
-            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                for number, chunk in numbered[worker::threads]:
-                    work(worker, number, chunk)
-
-        if self._pool is None:
-            run(0)
-            return
-        others = [self._pool.submit(run, worker) for worker in range(1, threads)]
-        run(0)
-        for other in others:
-            other.result()
+        # Overflow was checked in the norm.
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            for chunk in self._chunks:
+                part = slice(chunk.start, chunk.stop)
+                p, g, m, v = self.params[part], grads[part], self.m[part], self.v[part]
+                a, b = self._scratch[:, : chunk.stop - chunk.start]
+                np.multiply(g, to_m, out=a)
+                np.multiply(m, config.beta1, out=m)
+                np.add(m, a, out=m)
+                np.multiply(g, to_root_v, out=b)
+                np.multiply(b, b, out=b)
+                np.multiply(v, config.beta2, out=v)
+                np.add(v, b, out=v)
+                if flush:
+                    _flush_denormals(m, a)
+                    _flush_denormals(v, a)
+                np.sqrt(v, out=b)
+                np.add(b, eps, out=b)
+                np.divide(m, b, out=b)
+                rate = learning_rate * chunk.lr_factor
+                np.multiply(b, rate * root2 / (1 - config.beta1**self.t), out=b)
+                if chunk.weight_decay:
+                    np.multiply(p, 1 - rate * chunk.weight_decay, out=p)
+                np.subtract(p, b, out=p)
 
 
 def _flush_denormals(x: HostArray, scratch: HostArray) -> None:

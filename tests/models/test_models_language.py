@@ -17,6 +17,7 @@ from npmoe.models import (
     language_forward,
     language_loss,
 )
+from npmoe.models.block import block_backward
 from npmoe.models.gradcheck import gradcheck_model, gradcheck_models
 from npmoe.models.language import language_loss_value
 from npmoe.testing.bounds import assert_within, gamma
@@ -321,3 +322,13 @@ def test_the_gradcheck_models_cover_every_choice():
     assert {m.renormalize_drop for m in moes} == {"before", "after"}
     assert {m.drop_policy for m in moes} == {"position", "probability"}
     assert {m.expert_bias for m in moes} == {m.router_bias for m in moes} == {True, False}
+
+
+def test_a_backward_refuses_what_another_kind_of_block_saved():
+    ids = np.zeros((1, 4), np.int32)
+    moe, dense = CONFIGS["pre"], CONFIGS["dense"]
+    params = init_language_params(dense)
+    _, saved = language_forward(ids, params, dense)
+    other = init_language_params(moe).blocks[0]
+    with pytest.raises(RangeError, match="block_backward: saved must come from a block with these"):
+        block_backward(np.ones((1, 4, 16), "float32"), saved.blocks[0], other, moe)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -209,7 +208,7 @@ def test_the_router_has_its_own_learning_rate():
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 128, 129, 1000])
-def test_chunks_and_threads_do_not_change_a_bit(monkeypatch, size):
+def test_chunks_do_not_change_a_bit(monkeypatch, size):
     config = AdamWConfig(grad_clip=0.5)
     cut = size // 3
     groups = (
@@ -217,38 +216,19 @@ def test_chunks_and_threads_do_not_change_a_bit(monkeypatch, size):
         ParameterGroup(name="b", start=cut, stop=size, lr_factor=1.0, weight_decay=0.1),
     )
 
-    def train(chunk_size, threads, grads):
+    def train(chunk_size, grads):
         monkeypatch.setattr(optimizer, "CHUNK_SIZE", chunk_size)
         p = np.random.default_rng(1).standard_normal(size).astype("float32")
-        with ThreadPoolExecutor(max_workers=max(threads - 1, 1)) as pool:
-            adamw = AdamW(p, groups, config, pool=pool, threads=threads)
-            norms = [adamw.step(g, 1e-2) for g in grads]
+        adamw = AdamW(p, groups, config)
+        norms = [adamw.step(g, 1e-2) for g in grads]
         return norms, p.tobytes(), adamw.m.tobytes(), adamw.v.tobytes()
 
     rng = np.random.default_rng(2)
-    real = [rng.standard_normal(size).astype("float32") for _ in range(3)]
-    first = train(64, 1, real)
-    for threads in (2, 3, 7):
-        assert train(64, threads, real) == first
-    # with integers the norm is exact in any order, so the chunk size cannot matter either
+    # with integers the norm is exact in any order, so the chunk size cannot matter
     whole = [rng.integers(-9, 10, size).astype("float32") for _ in range(3)]
-    assert train(64, 2, whole) == train(size, 1, whole)
+    assert train(64, whole) == train(size, whole)
     exact = math.sqrt(int(np.sum(whole[0].astype(int) ** 2)))
-    assert train(64, 2, whole)[0][0] == exact
-
-
-def test_threads_do_not_share_scratch():
-    size = 8 * optimizer.CHUNK_SIZE + 5
-    rng = np.random.default_rng(8)
-    start = rng.standard_normal(size).astype("float32")
-    grads = rng.standard_normal((2, size)).astype("float32")
-    results = []
-    with ThreadPoolExecutor(3) as pool:
-        for threads in (1, 4):
-            adamw = AdamW(start.copy(), one_group(size), AdamWConfig(), pool=pool, threads=threads)
-            norms = [adamw.step(g, 1e-2) for g in grads]
-            results.append((norms, adamw.params.tobytes(), adamw.m.tobytes(), adamw.v.tobytes()))
-    assert results[0] == results[1]
+    assert train(64, whole)[0][0] == exact
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -347,8 +327,8 @@ def test_a_step_leaves_the_gradient_alone_and_raises_no_float_error():
     g = np.array([1e-30, 0, 3, -4], "float32")
     g.flags.writeable = False
     p = np.ones(4, "float32")
-    with np.errstate(all="raise"), ThreadPoolExecutor(2) as pool:
-        AdamW(p, one_group(4), AdamWConfig(), pool=pool, threads=2).step(g, 1e-3)
+    with np.errstate(all="raise"):
+        AdamW(p, one_group(4), AdamWConfig()).step(g, 1e-3)
     np.testing.assert_array_equal(g, np.array([1e-30, 0, 3, -4], "float32"))
     assert np.isfinite(p).all()
 
@@ -391,10 +371,6 @@ def test_constructor_messages():
     gap = (*one_group(2), replace(one_group(4)[0], name="late", start=3))
     with pytest.raises(RangeError, match=r"groups must be adjacent, got late = 3:4 after 2"):
         AdamW(p, gap, config)
-    with pytest.raises(RangeError, match="AdamW: threads must be at least 1, got 0"):
-        AdamW(p, one_group(4), config, threads=0)
-    with pytest.raises(RangeError, match="pool must be a ThreadPoolExecutor with threads=2"):
-        AdamW(p, one_group(4), config, threads=2)
     with pytest.raises(RangeError, match=r"eps must be at least 5\.3e-38 for float32, got 1e-40"):
         AdamW(p, one_group(4), AdamWConfig(eps=1e-40))
     with pytest.raises(DTypeError, match="AdamW: flat_params must have dtype"):
