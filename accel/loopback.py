@@ -23,26 +23,9 @@ from npmoe.errors import DTypeError
 
 _refuse: contextvars.ContextVar[bool] = contextvars.ContextVar("loopback_refuse", default=False)
 
-VERBS = (
-    "linear",
-    "linear_backward",
-    "mask_rows",
-    "add",
-    "store",
-    "route",
-    "route_backward",
-    "plan_dispatch",
-    "renormalize_kept",
-    "gather_rows",
-    "combine_rows",
-    "scale_rows",
-    "row_dot",
-    "grouped_gemm",
-    "grouped_gemm_wgrad",
-    "segment_sum",
-    "spread_experts",
-    "activation",
-    "activation_backward",
+# Every verb of the reference is a static method.
+VERBS = tuple(
+    name for name, value in vars(ReferenceBackend).items() if isinstance(value, staticmethod)
 )
 
 

@@ -22,6 +22,7 @@ from npmoe._version import __version__
 if TYPE_CHECKING:
     from npmoe import losses
     from npmoe.backends import available_backends, get_backend, use_backend
+    from npmoe.balancing import LoadCounter, update_selection_bias
     from npmoe.capacity import expert_capacity
     from npmoe.config import MoEConfig
     from npmoe.dispatch import DispatchPlan
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from npmoe.finite_differences import GradcheckReport, gradcheck
-    from npmoe.layer import MoELayer, SavedTensors, moe_backward, moe_forward
+    from npmoe.layer import MoELayer, moe_backward, moe_forward
+    from npmoe.model_presets import preset, presets
     from npmoe.params import MoEGrads, MoEParams, init_params
     from npmoe.routing import Routing
+    from npmoe.saved import SavedTensors
     from npmoe.stats import LoadStats
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "DispatchPlan",
     "GradcheckReport",
     "GradientError",
+    "LoadCounter",
     "LoadStats",
     "MoEConfig",
     "MoEGrads",
@@ -72,11 +76,15 @@ __all__ = [
     "losses",
     "moe_backward",
     "moe_forward",
+    "preset",
+    "presets",
+    "update_selection_bias",
     "use_backend",
 ]
 
 # Where each public name lives; a test holds this table to the imports above, made for checkers.
 _HOMES = {
+    "balancing": ("LoadCounter", "update_selection_bias"),
     "backends": ("available_backends", "get_backend", "use_backend"),
     "capacity": ("expert_capacity",),
     "config": ("MoEConfig",),
@@ -87,9 +95,11 @@ _HOMES = {
         "UnsupportedError",
     ),
     "finite_differences": ("GradcheckReport", "gradcheck"),
-    "layer": ("MoELayer", "SavedTensors", "moe_backward", "moe_forward"),
+    "layer": ("MoELayer", "moe_backward", "moe_forward"),
     "params": ("MoEGrads", "MoEParams", "init_params"),
+    "model_presets": ("preset", "presets"),
     "routing": ("Routing",),
+    "saved": ("SavedTensors",),
     "stats": ("LoadStats",),
 }
 

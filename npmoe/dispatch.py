@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+
+import numpy as np
 
 from npmoe._typing import Array, array_namespace
-from npmoe.errors import PlanError
+from npmoe.config import DropPolicy, SlotOrder
+from npmoe.errors import PlanError, RangeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,7 +32,10 @@ class DispatchPlan:
     num_tokens, top_k : int
         T and K.
     capacity : int or None
-        Rows that an expert may take; None is dropless.
+        Rows that an expert may take, of all sequences together; None is dropless.
+    slot_ids : (T, K) int32 array or None
+        The slot of every route in its expert's buffer (of its sequence, if sequences have their
+        own), -1 where it has no row; None if dropless.
     """
 
     pair_ids: Array
@@ -39,6 +45,7 @@ class DispatchPlan:
     num_tokens: int
     top_k: int
     capacity: int | None = None
+    slot_ids: Array | None = None
 
     @property
     def num_rows(self) -> int:
@@ -60,9 +67,12 @@ def plan_dispatch(
     topk_ids: Array,
     *,
     num_experts: int,
-    capacity: int | None = None,
-    drop_policy: Literal["position", "probability"] = "position",
+    num_identity_experts: int = 0,
+    capacity: int | Sequence[int] | None = None,
+    drop_policy: DropPolicy = "position",
+    slot_order: SlotOrder = "priority",
     topk_weights: Array | None = None,
+    rng: np.random.Generator | None = None,
 ) -> DispatchPlan:
     """Sort routes by expert and drop what exceeds the capacity.
 
@@ -72,12 +82,21 @@ def plan_dispatch(
         Chosen experts; -1 is no expert. Ids of one token must be distinct; that is not checked.
     num_experts : int
         E.
-    capacity : int, optional
-        Rows that an expert keeps; None keeps all.
-    drop_policy : {"position", "probability"}
-        Keep the first tokens, or the largest `topk_weights` (ties: the lower token).
+    num_identity_experts : int
+        Ids from E on that are legal and get no row.
+    capacity : int or sequence of int, optional
+        Rows that an expert keeps, or rows that it keeps of each of as many equal stretches of
+        tokens; None keeps all.
+    drop_policy : {"position", "k_major", "batch_priority", "probability", "random"}
+        In which order routes ask for rows: by token; all first choices before any second; the
+        same with tokens by falling first weight; by falling weight; at random. Ties: the lower
+        token.
+    slot_order : {"priority", "token"}
+        Whether slots are numbered in that order or by token.
     topk_weights : (T, K) float array, optional
-        Needed by "probability" with a capacity.
+        Needed by "batch_priority" and "probability" with a capacity.
+    rng : numpy Generator, optional
+        Needed by "random" with a capacity; T*K uniform numbers are drawn.
 
     Returns
     -------
@@ -87,12 +106,20 @@ def plan_dispatch(
     Raises
     ------
     PlanError
-        If an id is below -1 or not below E, or T*K does not fit int32, or weights are missing.
+        If an id is out of range, or T*K does not fit int32, or weights are missing.
+    RangeError
+        If the generator is missing.
 
     Notes
     -----
-    **Cost**: O(T*K + E) (radix sort; O(T*K log(T*K)) with more than 65,534 experts or by
-    probability). **Order**: stable, hence bitwise reproducible.
+    **Cost**: O(T*K + E) by token, up to 65,534 experts (radix sort), else O(T*K log(T*K)).
+    **Order**: stable, hence bitwise reproducible.
+
+    References
+    ----------
+    "position": Switch, Megatron; "k_major": GShard, Tutel; "batch_priority": Riquelme et al.
+    2021, "V-MoE", section 4.1; "probability": Megatron and DeepSpeed ``probs``; "random":
+    DeepSpeed ``use_rts``, which numbers slots by token.
 
     Examples
     --------
@@ -104,42 +131,26 @@ def plan_dispatch(
     xp = array_namespace(topk_ids)
     num_tokens, top_k = topk_ids.shape
     num_routes = num_tokens * top_k
-    if num_routes >= 2**31:
-        raise PlanError(
-            f"plan_dispatch: topk_ids must hold fewer than 2**31 routes, got {num_routes}. "
-            "Split the batch."
-        )
     flat = topk_ids.reshape(-1)
-    if num_routes and not bool(((flat >= -1) & (flat < num_experts)).all()):
-        bad = flat[(flat < -1) | (flat >= num_experts)][0]
-        raise PlanError(
-            f"plan_dispatch: topk_ids must lie in -1..{num_experts - 1}, got {int(bad)}. "
-            "-1 means no expert."
-        )
+    _check_ids(flat, num_experts + num_identity_experts)
+    key = xp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     # Sixteen bits let NumPy's stable sort be a radix sort.
-    key_dtype = xp.uint16 if num_experts < 2**16 - 1 else xp.int32
-    key = xp.where(flat >= 0, flat, num_experts).astype(key_dtype)
+    key = key.astype(xp.uint16 if num_experts < 2**16 - 1 else xp.int32)
     counts = xp.bincount(key, minlength=num_experts + 1)[:num_experts]
-    if capacity is not None and drop_policy == "probability":
-        if topk_weights is None:
-            raise PlanError(
-                "plan_dispatch: topk_weights must be given with drop_policy='probability', "
-                "got None."
-            )
-        by_weight = xp.argsort(-topk_weights.reshape(-1), kind="stable")
-        order = by_weight[xp.argsort(key[by_weight], kind="stable")]
-    else:
-        order = xp.argsort(key, kind="stable")
     starts = _exclusive_cumsum(xp, counts)
-    num_valid = int(starts[-1])
-    order = order[:num_valid]
-    if capacity is not None and num_valid:
-        rank = xp.arange(num_valid) - starts[key[order].astype(xp.int32)]
-        order = order[rank < capacity]
-        if drop_policy == "probability":
-            order = xp.sort(order)
-            order = order[xp.argsort(key[order], kind="stable")]
-        starts = _exclusive_cumsum(xp, xp.minimum(counts, capacity))
+    slot_ids, rows_allowed = None, None
+    if capacity is None:
+        order = xp.argsort(key, kind="stable")[: int(starts[-1])]
+    else:
+        limits = [capacity] if isinstance(capacity, int) else list(capacity)
+        rows_allowed = sum(limits)
+        asking = _asking_order(topk_ids, drop_policy, topk_weights, rng)
+        order, slots = _admit(key, asking, limits, num_experts, by_token=slot_order == "token")
+        counts = xp.bincount(key[order], minlength=num_experts)[:num_experts]
+        starts = _exclusive_cumsum(xp, counts)
+        slot_ids = xp.full((num_routes,), -1, dtype=xp.int32)
+        slot_ids[order] = slots.astype(xp.int32)
+        slot_ids = slot_ids.reshape(num_tokens, top_k)
     pair_ids = order.astype(xp.int32)
     row_ids = xp.full((num_routes,), -1, dtype=xp.int32)
     row_ids[pair_ids] = xp.arange(pair_ids.shape[0], dtype=xp.int32)
@@ -150,8 +161,105 @@ def plan_dispatch(
         expert_offsets=starts,
         num_tokens=num_tokens,
         top_k=top_k,
-        capacity=capacity,
+        capacity=rows_allowed,
+        slot_ids=slot_ids,
     )
+
+
+def _check_ids(flat: Array, size: int) -> None:
+    num_routes = flat.shape[0]
+    if num_routes >= 2**31:
+        raise PlanError(
+            f"plan_dispatch: topk_ids must hold fewer than 2**31 routes, got {num_routes}. "
+            "Split the batch."
+        )
+    if num_routes and not bool(((flat >= -1) & (flat < size)).all()):
+        bad = flat[(flat < -1) | (flat >= size)][0]
+        raise PlanError(
+            f"plan_dispatch: topk_ids must lie in -1..{size - 1}, got {int(bad)}. "
+            "-1 means no expert."
+        )
+
+
+def _asking_order(
+    topk_ids: Array,
+    drop_policy: DropPolicy,
+    topk_weights: Array | None,
+    rng: np.random.Generator | None,
+) -> Array | None:
+    """Return all routes (T*K,) in the order in which they ask for rows; None is by token."""
+    xp = array_namespace(topk_ids)
+    num_tokens, top_k = topk_ids.shape
+    if drop_policy == "position":
+        return None
+    if drop_policy == "random":
+        if rng is None:
+            raise RangeError(
+                "plan_dispatch: rng must be given with drop_policy='random', got None. Pass a "
+                "numpy Generator, or use cfg.for_evaluation()."
+            )
+        return xp.argsort(xp.asarray(rng.random(num_tokens * top_k)), kind="stable")
+    tokens = xp.arange(num_tokens)
+    if drop_policy != "k_major":
+        if topk_weights is None:
+            raise PlanError(
+                f"plan_dispatch: topk_weights must be given with drop_policy={drop_policy!r}, "
+                "got None."
+            )
+        if drop_policy == "probability":
+            return xp.argsort(-topk_weights.reshape(-1), kind="stable")
+        tokens = xp.argsort(-topk_weights[:, 0], kind="stable")
+    return (tokens[None, :] * top_k + xp.arange(top_k)[:, None]).reshape(-1)
+
+
+def _admit(
+    key: Array, asking: Array | None, limits: list[int], num_experts: int, *, by_token: bool
+) -> tuple[Array, Array]:
+    """Return the admitted routes, by expert and route, and the slot of each.
+
+    `key` is the expert of every route, num_experts for none; each of the equal stretches of
+    tokens has its own limit.
+    """
+    xp = array_namespace(key)
+    num_routes, stretches = key.shape[0], max(1, len(limits))
+    queue = key
+    if stretches > 1 and num_routes:
+        # One queue per stretch and expert; routes without an expert share the last one.
+        stretch = xp.arange(num_routes) // (num_routes // stretches)
+        queue = xp.where(key < num_experts, stretch * num_experts + key, stretches * num_experts)
+    last = stretches * num_experts
+    order = _by_queue(queue, asking, last)
+    rank = _rank(queue, order, last)
+    limit = xp.asarray(np.repeat(np.array(limits or [0], np.int64), num_experts))
+    admitted = rank < limit[queue[order]]
+    order, slots = order[admitted], rank[admitted]
+    if asking is None and stretches == 1:
+        return order, slots
+    if by_token:
+        order = xp.sort(order)
+        order = order[xp.argsort(queue[order], kind="stable")]
+        slots = _rank(queue, order, last)
+    by_route = xp.argsort(order, kind="stable")
+    order, slots = order[by_route], slots[by_route]
+    by_expert = xp.argsort(key[order], kind="stable")
+    return order[by_expert], slots[by_expert]
+
+
+def _by_queue(queue: Array, asking: Array | None, last: int) -> Array:
+    """Return the routes that have a queue, by queue and, inside it, in asking order."""
+    xp = array_namespace(queue)
+    if asking is None:
+        order = xp.argsort(queue, kind="stable")
+    else:
+        order = asking[xp.argsort(queue[asking], kind="stable")]
+    return order[: int((queue < last).sum())]
+
+
+def _rank(queue: Array, order: Array, last: int) -> Array:
+    """Return the place of every route of `order`, which is grouped by queue, in its queue."""
+    xp = array_namespace(queue)
+    starts = _exclusive_cumsum(xp, xp.bincount(queue[order], minlength=last))
+    return xp.arange(order.shape[0]) - starts[queue[order].astype(xp.int64)]
 
 
 def _exclusive_cumsum(xp: Array, counts: Array) -> Array:

@@ -1,6 +1,9 @@
 """The expert core composed from single verbs: eq. (3) to (11) of `npmoe.layer`.
 
 Backends that offer the fused pair (`npmoe.backends.FusedExperts`) are held to these two functions.
+The combine weight multiplies the output (5), the activation (the same function), or the input:
+then x_r = w_tk h_t replaces h_t in (3) and (10), the weight is absent from (5), (8) and (9), and
+with v_r = W1_e^T grad_z_r the gradients are ``grad_w_tk = <v_r, h_t>`` and ``grad_h_t = w_tk v_r``.
 """
 
 from __future__ import annotations
@@ -19,13 +22,25 @@ def compose_forward(
     plan: DispatchPlan,
     topk_weights: Array,
     cfg: MoEConfig,
+    *,
+    dropout: Array | None = None,
 ) -> tuple[Array, Array]:
     """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5)."""
     rows = run.gather_rows(x, plan)  # (R, H)
+    if cfg.weight_position == "input":
+        rows = run.scale_rows(rows, plan, topk_weights)
     gate_up = run.grouped_gemm(rows, params.gate_up_proj, plan, bias=params.gate_up_bias)
-    act = run.activation(gate_up, cfg)  # (R, I)
+    act = _activate(run, gate_up, cfg, dropout)  # (R, I)
+    if cfg.weight_position == "mid":
+        act = run.scale_rows(act, plan, topk_weights)
+        y_sorted = run.grouped_gemm(act, params.down_proj, plan)
+        if params.down_bias is not None:
+            bias_rows = run.spread_experts(params.down_bias, plan)
+            y_sorted = run.add(y_sorted, run.scale_rows(bias_rows, plan, topk_weights))
+        return run.combine_rows(y_sorted, plan), gate_up
     y_sorted = run.grouped_gemm(act, params.down_proj, plan, bias=params.down_bias)
-    return run.combine_rows(y_sorted, plan, topk_weights=topk_weights), gate_up
+    weights = topk_weights if cfg.weight_position == "output" else None
+    return run.combine_rows(y_sorted, plan, topk_weights=weights), gate_up
 
 
 def compose_backward(
@@ -38,28 +53,39 @@ def compose_backward(
     topk_weights: Array,
     cfg: MoEConfig,
     *,
+    dropout: Array | None = None,
     out: MoEParams | None = None,
     accumulate: bool = False,
 ) -> ExpertGrads:
     """Return the gradients of the expert core; eq. (6) to (11), without the router's share."""
-    rows = run.gather_rows(x, plan)
+    on_input = cfg.weight_position == "input"
+    tokens = run.gather_rows(x, plan)
+    rows = run.scale_rows(tokens, plan, topk_weights) if on_input else tokens
     grad_rows = run.gather_rows(grad_output, plan)
-    act = run.activation(gate_up, cfg)  # recomputed, eq. (4)
+    weighted = grad_rows if on_input else run.scale_rows(grad_rows, plan, topk_weights)
+    act = _activate(run, gate_up, cfg, dropout)  # recomputed, eq. (4)
     unweighted = run.grouped_gemm(grad_rows, params.down_proj, plan, transposed=True)  # eq. (6)
-    grad_weights = run.row_dot(unweighted, act, plan)  # eq. (7)
-    weighted = run.scale_rows(grad_rows, plan, topk_weights)
+    grad_act = unweighted if on_input else run.scale_rows(unweighted, plan, topk_weights)
+    if dropout is not None:
+        grad_act = run.multiply(grad_act, dropout)
+    grad_gate_up = run.activation_backward(grad_act, gate_up, cfg)  # eq. (9)
+    grad_x = run.grouped_gemm(grad_gate_up, params.gate_up_proj, plan, transposed=True)
+    if on_input:
+        grad_weights = run.row_dot(grad_x, tokens, plan)
+        grad_x = run.scale_rows(grad_x, plan, topk_weights)
+    else:
+        grad_weights = run.row_dot(unweighted, act, plan)  # eq. (7)
     grad_down_bias = None
     if params.down_bias is not None:
-        bias_rows = run.spread_experts(params.down_bias, plan)
-        grad_weights = run.add(grad_weights, run.row_dot(grad_rows, bias_rows, plan))
+        if not on_input:
+            bias_rows = run.spread_experts(params.down_bias, plan)
+            grad_weights = run.add(grad_weights, run.row_dot(grad_rows, bias_rows, plan))
         grad_down_bias = run.store(
             run.segment_sum(weighted, plan), target(out, "down_bias"), accumulate
         )
     grad_down = run.grouped_gemm_wgrad(
         act, weighted, plan, out=target(out, "down_proj"), accumulate=accumulate
     )  # eq. (8)
-    grad_act = run.scale_rows(unweighted, plan, topk_weights)
-    grad_gate_up = run.activation_backward(grad_act, gate_up, cfg)  # eq. (9)
     grad_gate_up_bias = None
     if params.gate_up_bias is not None:
         grad_gate_up_bias = run.store(
@@ -68,7 +94,6 @@ def compose_backward(
     grad_gate_up_proj = run.grouped_gemm_wgrad(
         rows, grad_gate_up, plan, out=target(out, "gate_up_proj"), accumulate=accumulate
     )  # eq. (10)
-    grad_x = run.grouped_gemm(grad_gate_up, params.gate_up_proj, plan, transposed=True)
     return ExpertGrads(
         hidden_states=run.combine_rows(grad_x, plan),  # eq. (11)
         topk_weights=grad_weights,
@@ -77,6 +102,11 @@ def compose_backward(
         gate_up_bias=grad_gate_up_bias,
         down_bias=grad_down_bias,
     )
+
+
+def _activate(run: Backend, gate_up: Array, cfg: MoEConfig, dropout: Array | None) -> Array:
+    act = run.activation(gate_up, cfg)
+    return act if dropout is None else run.multiply(act, dropout)
 
 
 def target(out: MoEParams | None, field: str) -> Array | None:

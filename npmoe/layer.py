@@ -2,75 +2,54 @@
 
 For token t, slot k, expert e = topk_ids[t, k] and kept routes r = (t, k)::
 
-    x_t = router_logits[t] = W_r h_t + b_r                                             (1)
+    x_t = router_logits[t] = cap(W_r h_t + b_r) + noise                                (1)
     topk_ids, w = route(x)                                                             (2)
     z_r = W1_e h_t + b1_e                        (gate_up, the only saved activation)  (3)
     a_r = act(z_r)                                                                     (4)
-    y_t = sum over k of w_tk (W2_e a_r + b2_e)                                         (5)
+    y_t = sum over k of w_tk (W2_e a_r + b2_e)       (identity experts: w_tk h_t)      (5)
 
 Backward, with g_t = grad_output[t]::
 
     u_r = W2_e^T g_t                                 (unweighted gradient of a_r)      (6)
-    grad_w_tk = <u_r, a_r> + <g_t, b2_e>                                               (7)
+    grad_w_tk = <u_r, a_r> + <g_t, b2_e>                    (identity: <g_t, h_t>)     (7)
     grad_W2_e = sum over rows of e of (w_tk g_t) a_r^T;   grad_b2_e = sum w_tk g_t     (8)
     grad_z_r = act'(z_r) applied to w_tk u_r                                           (9)
     grad_W1_e = sum over rows of e of grad_z_r h_t^T;     grad_b1_e = sum grad_z_r     (10)
     grad_h_t = sum over k of W1_e^T grad_z_r + W_r^T grad_x_t                          (11)
-    grad_p = (grad_w - <grad_w, w>/s) s/D  with w = s p / D, D the sum divided by      (12)
-    grad_x_t = p (grad_p - <grad_p, p>) + grad_router_logits[t]                        (13)
-    grad_W_r = sum over t of grad_x_t h_t^T;     grad_b_r = sum over t of grad_x_t     (14)
+    grad_v = s (grad_w - <grad_w, w>/s) / D      with w = s v / D, D the sum           (12)
+    grad_x_t = score'(x_t) applied to grad_v + grad_router_logits[t]                   (13)
+    grad_W_r = sum over t of cap'(x_t) grad_x_t h_t^T;  grad_b_r = sum cap' grad_x     (14)
+
+The shared expert with gate s_t = sigmoid(<w_s, h_t>), and the output bias::
+
+    y_t += s_t W2_s a_t + b_o   with a_t = act(W1_s h_t)     ((y + shared)/2 + b_o)    (15)
+    u_t = s_t W2_s^T g_t;   grad_W2_s = sum s_t g_t a_t^T;   W1_s as in (9) to (11)    (16)
+    grad of <w_s, h_t> = <u_t, a_t> (1 - s_t);               grad_b_o = sum g_t        (17)
 
 Equation (7) needs the dot product in the intermediate size only, so expert outputs are never
-stored: Zhang et al. 2025, SonicMoE, give the same saved set (h, z, ids and weights).
+stored: Zhang et al. 2025, SonicMoE, give the same saved set (h, z, ids and weights). Where the
+weight sits before the experts, see `npmoe.experts`; soft routing, `npmoe.routing.soft`; other
+norms D, `npmoe.routing.normalize_weights`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
-from npmoe._checks import Axes, check_float, check_integer_ids, check_same_dtype
+from npmoe._layer_checks import check_gradients, check_inputs, flat_ids, flat_mask
 from npmoe._typing import Array
-from npmoe.backends import Backend, FusedExperts, get_backend
-from npmoe.capacity import expert_capacity
+from npmoe.backends import Backend, get_backend
 from npmoe.config import MoEConfig
-from npmoe.dispatch import DispatchPlan
-from npmoe.errors import RangeError, ShapeError
-from npmoe.experts import compose_backward, compose_forward, target
+from npmoe.errors import RangeError
+from npmoe.experts import target
 from npmoe.params import MoEGrads, MoEParams, check_params, init_params
-from npmoe.routing import Routing
-from npmoe.stats import LoadStats, load_stats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SavedTensors:
-    """What `moe_backward` needs; `gate_up` (R, 2I) is the only activation kept per route.
-
-    Attributes
-    ----------
-    routing : Routing
-        Ids, weights, probabilities and logits.
-    plan : DispatchPlan
-        Which row went where.
-    hidden_states : (T, H) float array
-        The input itself, not a copy: it must not change before the backward pass.
-    """
-
-    hidden_states: Array
-    routing: Routing
-    plan: DispatchPlan
-    gate_up: Array
-    shape: tuple[int, ...]
-    cfg: MoEConfig
-    backend: Backend
-
-    def stats(self) -> LoadStats:
-        """Return load and drops of this call, as host numbers."""
-        return load_stats(self.routing, self.plan, self.cfg.num_experts, self.backend.asnumpy)
+from npmoe.routed_path import routed_backward, routed_forward
+from npmoe.saved import SavedTensors
+from npmoe.shared_expert import shared_backward, shared_forward
+from npmoe.soft_path import soft_backward, soft_forward
 
 
 def moe_forward(
@@ -83,7 +62,7 @@ def moe_forward(
     topk_ids: Array | None = None,
     save: bool = True,
 ) -> tuple[Array, SavedTensors | None]:
-    """Run the layer; eq. (1) to (5) of this module.
+    """Run the layer; eq. (1) to (5) and (15) of this module.
 
     Parameters
     ----------
@@ -97,12 +76,13 @@ def moe_forward(
     backend : str, Backend or None
         As for `get_backend`.
     rng : numpy Generator, optional
-        Source of the router noise; None means no noise.
+        Source of everything random, drawn in the order: jitter, noise, second expert, drop,
+        dropout. None means no jitter, noise or dropout; other random options then raise.
     token_mask : (...,) bool array, optional
         True = valid. Masked rows may hold anything, are not counted and give exactly 0.
     topk_ids : (..., K) int array, optional
         Replayed choices (distinct within a token, -1 = none) instead of the router's; weights
-        come from the current logits.
+        come from the current logits. routing="hash" needs them.
     save : bool
         False returns None in place of the saved tensors.
 
@@ -118,7 +98,8 @@ def moe_forward(
     ShapeError, DTypeError
         If arrays do not fit each other or `cfg`.
     RangeError
-        If router logits are not finite (nan_policy "raise"), or replayed ids are out of range.
+        If router logits are not finite (nan_policy "raise"), replayed ids are out of range, or
+        a random option comes without a generator.
     BackendUnavailableError
         If the backend cannot run here.
 
@@ -135,51 +116,28 @@ def moe_forward(
     """
     name = "moe_forward"
     run = get_backend(backend)
-    shape = _check_inputs(name, hidden_states, params, cfg)
-    num_tokens = math.prod(shape[:-1])
-    x = hidden_states.reshape(num_tokens, shape[-1])
-    mask = _flat_mask(name, token_mask, shape)
-    replay = None if topk_ids is None else _flat_ids(name, topk_ids, shape, cfg, run)
-
-    router_input = x if mask is None else run.mask_rows(x, mask)
-    router_logits = run.linear(router_input, params.router_weight, params.router_bias)  # eq. (1)
-    routing = run.route(
-        router_logits,
-        cfg,
-        token_mask=mask,
-        topk_ids=replay,
-        rng=rng,
-        sequence_length=shape[-2],
-    )  # eq. (2)
-    num_valid = num_tokens
-    if cfg.has_capacity and routing.token_mask is not None:
-        num_valid = int(run.asnumpy(routing.token_mask).sum())
-    plan = run.plan_dispatch(
-        routing.topk_ids,
-        num_experts=cfg.num_experts,
-        capacity=expert_capacity(num_valid, cfg),
-        drop_policy=cfg.drop_policy,
-        topk_weights=routing.topk_weights,
-    )
-    if cfg.renormalize_drop == "after":
-        weights = run.renormalize_kept(routing.topk_weights, plan, scale=cfg.routed_scaling_factor)
-        routing = replace(routing, topk_weights=weights)
-    forward = (
-        run.experts_forward if isinstance(run, FusedExperts) else partial(compose_forward, run)
-    )
-    output, gate_up = forward(x, params, plan, routing.topk_weights, cfg)  # eq. (3) to (5)
+    shape = check_inputs(name, hidden_states, params, cfg)
+    x = hidden_states.reshape(math.prod(shape[:-1]), shape[-1])
+    mask = flat_mask(name, token_mask, shape)
+    replay = flat_ids(name, topk_ids, shape, cfg, run)
+    if cfg.routing == "soft":
+        output, saved = soft_forward(run, x, params, cfg, shape=shape, token_mask=mask, rng=rng)
+    else:
+        output, saved = routed_forward(
+            run, x, params, cfg, shape=shape, token_mask=mask, topk_ids=replay, rng=rng
+        )
+    valid = saved.routing.token_mask
+    if cfg.shared_intermediate_size:  # eq. (15)
+        shared_input = x if valid is None else run.mask_rows(x, valid)
+        shared, pre = shared_forward(run, shared_input, params, cfg)
+        output = run.add(output, shared)
+        saved = replace(saved, shared_gate_up=pre)
+    if cfg.shared_combine == "average":
+        output = run.scale(output, 0.5)
+    if params.output_bias is not None:
+        output = run.add_bias(output, params.output_bias, valid)
     output = output.reshape(shape)
-    if not save:
-        return output, None
-    return output, SavedTensors(
-        hidden_states=x,
-        routing=routing,
-        plan=plan,
-        gate_up=gate_up,
-        shape=shape,
-        cfg=cfg,
-        backend=run,
-    )
+    return output, saved if save else None
 
 
 def moe_backward(
@@ -190,7 +148,7 @@ def moe_backward(
     out: MoEParams | None = None,
     accumulate: bool = False,
 ) -> MoEGrads:
-    """Return all gradients; eq. (6) to (14) of this module.
+    """Return all gradients; eq. (6) to (14), (16) and (17) of this module.
 
     Parameters
     ----------
@@ -200,8 +158,8 @@ def moe_backward(
         From the forward pass; brings the config and the backend along.
     params : MoEParams
         The same values as in the forward pass.
-    grad_router_logits : (T, E) float array, optional
-        Gradient that auxiliary losses add to the router logits.
+    grad_router_logits : (T, N) float array, optional
+        Gradient that auxiliary losses add to the router logits, in their dtype.
     out : MoEParams or MoEGrads, optional
         Arrays to write parameter gradients into, for example the result of the previous step.
         The gradient of hidden_states is always new.
@@ -229,121 +187,55 @@ def moe_backward(
     name = "moe_backward"
     if saved is None:
         raise RangeError(f"{name}: saved must come from a forward pass with save=True, got None.")
-    run, cfg, plan, routing = saved.backend, saved.cfg, saved.plan, saved.routing
-    check_params(name, params, cfg, saved.hidden_states.dtype, "hidden_states")
-    _check_gradients(name, grad_output, saved, grad_router_logits)
+    run, cfg, x = saved.backend, saved.cfg, saved.hidden_states
+    check_params(name, params, cfg, x.dtype, "hidden_states")
+    check_gradients(
+        name, grad_output, saved.shape, saved.routing.router_logits, grad_router_logits, x.dtype
+    )
     if accumulate and out is None:
         raise RangeError(f"{name}: accumulate must come with out, got out=None. Nothing to add to.")
     if out is not None:
-        check_params(name, out, cfg, saved.hidden_states.dtype, "hidden_states", label="out")
-    grad_tokens = grad_output.reshape(saved.hidden_states.shape)
-    backward = (
-        run.experts_backward if isinstance(run, FusedExperts) else partial(compose_backward, run)
-    )
-    experts = backward(
-        grad_tokens,
-        saved.hidden_states,
-        saved.gate_up,
-        params,
-        plan,
-        routing.topk_weights,
-        cfg,
-        out=out,
-        accumulate=accumulate,
-    )  # eq. (6) to (11)
-    grad_logits = run.route_backward(experts.topk_weights, routing, cfg, plan)  # eq. (12), (13)
-    if grad_router_logits is not None:
-        grad_logits = run.add(grad_logits, grad_router_logits)
-    router_input = saved.hidden_states
-    if routing.token_mask is not None:
-        router_input = run.mask_rows(router_input, routing.token_mask)
-        grad_logits = run.mask_rows(grad_logits, routing.token_mask)
-    grad_x, grad_router_weight, grad_router_bias = run.linear_backward(
-        grad_logits, router_input, params.router_weight, params.router_bias
-    )  # eq. (11), second half, and (14)
-    grad_hidden = run.add(experts.hidden_states, grad_x)
+        check_params(name, out, cfg, x.dtype, "hidden_states", label="out")
+    grad = grad_output.reshape(x.shape)
+    valid = saved.routing.token_mask
+    if valid is not None:
+        grad = run.mask_rows(grad, valid)
+
+    def keep(value: Array | None, field: str) -> Array | None:
+        return None if value is None else run.store(value, target(out, field), accumulate)
+
+    grad_output_bias = None
+    if params.output_bias is not None:
+        grad_output_bias = keep(run.sum_rows(grad), "output_bias")
+    if cfg.shared_combine == "average":
+        grad = run.scale(grad, 0.5)
+    if saved.soft is not None:
+        path = soft_backward(
+            run, grad, saved, saved.soft, params, grad_router_logits, out=out, accumulate=accumulate
+        )
+    else:
+        path = routed_backward(
+            run, grad, saved, params, grad_router_logits, out=out, accumulate=accumulate
+        )
+    grad_hidden, shared = path.hidden_states, None
+    if saved.shared_gate_up is not None:  # eq. (16), (17)
+        shared_input = x if valid is None else run.mask_rows(x, valid)
+        shared = shared_backward(run, grad, shared_input, saved.shared_gate_up, params, cfg)
+        grad_hidden = run.add(grad_hidden, shared.hidden_states)
     return MoEGrads(
         hidden_states=grad_hidden.reshape(saved.shape),
-        router_weight=run.store(grad_router_weight, target(out, "router_weight"), accumulate),
-        router_bias=None
-        if grad_router_bias is None
-        else run.store(grad_router_bias, target(out, "router_bias"), accumulate),
-        gate_up_proj=experts.gate_up_proj,
-        down_proj=experts.down_proj,
-        gate_up_bias=experts.gate_up_bias,
-        down_bias=experts.down_bias,
+        router_weight=keep(path.router_weight, "router_weight"),
+        router_bias=keep(path.router_bias, "router_bias"),
+        gate_up_proj=path.gate_up_proj,
+        down_proj=path.down_proj,
+        gate_up_bias=path.gate_up_bias,
+        down_bias=path.down_bias,
+        shared_gate_up_proj=keep(shared and shared.shared_gate_up_proj, "shared_gate_up_proj"),
+        shared_down_proj=keep(shared and shared.shared_down_proj, "shared_down_proj"),
+        shared_gate_weight=keep(shared and shared.shared_gate_weight, "shared_gate_weight"),
+        output_bias=grad_output_bias,
+        soft_scale=keep(path.soft_scale, "soft_scale"),
     )
-
-
-def _check_inputs(
-    name: str, hidden_states: Array, params: MoEParams, cfg: MoEConfig
-) -> tuple[int, ...]:
-    check_float(name, "hidden_states", hidden_states)
-    shape = tuple(hidden_states.shape)
-    if len(shape) < 2 or shape[-1] != cfg.hidden_size:
-        raise ShapeError(
-            f"{name}: hidden_states must have shape (..., H) = (..., {cfg.hidden_size}) with at "
-            f"least two axes, got {shape}. H is bound by cfg."
-        )
-    check_params(name, params, cfg, hidden_states.dtype, "hidden_states")
-    return shape
-
-
-def _flat_mask(name: str, token_mask: Array | None, shape: tuple[int, ...]) -> Array | None:
-    if token_mask is None:
-        return None
-    if str(getattr(token_mask, "dtype", None)) != "bool" or tuple(token_mask.shape) != shape[:-1]:
-        raise ShapeError(
-            f"{name}: token_mask must be a bool array of shape {shape[:-1]}, got "
-            f"{getattr(token_mask, 'dtype', type(token_mask).__name__)} "
-            f"{tuple(getattr(token_mask, 'shape', ()))}. True means valid."
-        )
-    return token_mask.reshape(math.prod(shape[:-1]))
-
-
-def _flat_ids(
-    name: str, topk_ids: Array, shape: tuple[int, ...], cfg: MoEConfig, run: Backend
-) -> Array:
-    check_integer_ids(name, "topk_ids", topk_ids)
-    if tuple(topk_ids.shape[:-1]) != shape[:-1] or topk_ids.shape[-1] < 1:
-        raise ShapeError(
-            f"{name}: topk_ids must have shape (..., K) = {(*shape[:-1], cfg.top_k)}, got "
-            f"{tuple(topk_ids.shape)}. The leading axes are bound by hidden_states {shape}."
-        )
-    flat = topk_ids.reshape(math.prod(shape[:-1]), topk_ids.shape[-1])
-    host = run.asnumpy(flat)
-    if host.size and not (host.min() >= -1 and host.max() < cfg.num_experts):
-        raise RangeError(
-            f"{name}: topk_ids must lie in -1..{cfg.num_experts - 1}, got "
-            f"{int(host.min())}..{int(host.max())}. E is bound by cfg; -1 means no expert."
-        )
-    ordered = np.sort(host, axis=1)
-    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if repeated.any():
-        raise RangeError(
-            f"{name}: topk_ids must be distinct within a token, got "
-            f"{host[repeated.any(axis=1)][0].tolist()}."
-        )
-    return flat
-
-
-def _check_gradients(
-    name: str, grad_output: Array, saved: SavedTensors, grad_router_logits: Array | None
-) -> None:
-    dtype: Any = saved.hidden_states.dtype
-    check_float(name, "grad_output", grad_output)
-    if tuple(grad_output.shape) != saved.shape:
-        raise ShapeError(
-            f"{name}: grad_output must have shape {saved.shape}, got {tuple(grad_output.shape)}. "
-            "It is bound by the output of the forward pass."
-        )
-    check_same_dtype(name, "grad_output", grad_output, dtype, "hidden_states")
-    if grad_router_logits is not None:
-        axes = Axes(name)
-        axes.bind("the forward pass", T=saved.hidden_states.shape[0], E=saved.cfg.num_experts)
-        check_float(name, "grad_router_logits", grad_router_logits)
-        axes.check("grad_router_logits", grad_router_logits, "T", "E")
-        check_same_dtype(name, "grad_router_logits", grad_router_logits, dtype, "hidden_states")
 
 
 class MoELayer:

@@ -1,16 +1,18 @@
 """The verbs of a backend in vectorised NumPy: the reference that accelerators are held to.
 
 Every function takes its array functions from its argument, so that another NumPy-like array
-(CuPy's, for example) runs through the same lines. The routing verbs live in `npmoe.routing`,
-`npmoe.capacity` and `npmoe.dispatch`.
+(CuPy's, for example) runs through the same lines. The routing verbs live in `npmoe.routing` and
+`npmoe.dispatch`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from npmoe._typing import Array, array_namespace
-from npmoe.activations import ACTIVATIONS
+from npmoe.activations import Activation, bind_activation, sigmoid
 from npmoe.config import MoEConfig
 from npmoe.dispatch import DispatchPlan
 
@@ -56,6 +58,69 @@ def mask_rows(x: Array, mask: Array) -> Array:
 def add(x: Array, y: Array) -> Array:
     """Return x + y."""
     return x + y
+
+
+def multiply(x: Array, y: Array) -> Array:
+    """Return x * y, elementwise."""
+    return x * y
+
+
+def scale(x: Array, factor: float) -> Array:
+    """Return factor * x."""
+    return x * factor
+
+
+def cast(x: Array, dtype: str) -> Array:
+    """Return x in another float dtype; x itself if it has that already."""
+    return x.astype(dtype, copy=False)
+
+
+def add_bias(x: Array, bias: Array, mask: Array | None = None) -> Array:
+    """Return x (T, H) + bias (H,), in the rows where mask (T,) is True."""
+    y = x + bias
+    return y if mask is None else mask_rows(y, mask)
+
+
+def sum_rows(x: Array) -> Array:
+    """Return the sum of x (T, H) over its rows (H,). Adjoint of adding a bias."""
+    return x.sum(axis=0)
+
+
+def gate_rows(rows: Array, logit: Array) -> Array:
+    """Multiply rows (T, N) by the sigmoid of their logit (T, 1)."""
+    return rows * sigmoid(logit)
+
+
+def gate_rows_backward(grad_act: Array, act: Array, logit: Array) -> Array:
+    """Return the gradient of the logit (T, 1) of a gated linear map.
+
+    For y = s W a with s = sigmoid(logit) and the gradient ``grad_act = s W^T g`` of a,
+    ``<g, W a> s (1 - s) = <grad_act, a> (1 - s)``: y itself is not needed.
+    """
+    inner = array_namespace(act).einsum("tn,tn->t", grad_act, act)[:, None]
+    return inner * sigmoid(-logit)
+
+
+def combine_identity(x: Array, topk_ids: Array, topk_weights: Array, num_experts: int) -> Array:
+    """Return x (T, H) times the summed weights of each token's identity experts.
+
+    Rows without any are 0, whatever they hold.
+    """
+    xp = array_namespace(x)
+    identity = topk_ids >= num_experts
+    total = xp.where(identity, topk_weights, xp.zeros_like(topk_weights)).sum(axis=1)
+    return mask_rows(x * total[:, None], identity.any(axis=1))
+
+
+def combine_identity_backward(
+    grad: Array, x: Array, topk_ids: Array, topk_weights: Array, num_experts: int
+) -> tuple[Array, Array]:
+    """Return the gradients of x (T, H) and of topk_weights (T, K) of `combine_identity`."""
+    xp = array_namespace(x)
+    identity = topk_ids >= num_experts
+    inner = xp.einsum("th,th->t", grad, x)[:, None]
+    grad_x = combine_identity(grad, topk_ids, topk_weights, num_experts)
+    return grad_x, xp.where(identity, inner, xp.zeros_like(topk_weights))
 
 
 def gather_rows(x: Array, plan: DispatchPlan) -> Array:
@@ -184,14 +249,28 @@ def spread_experts(values: Array, plan: DispatchPlan) -> Array:
     return out
 
 
-def activation(gate_up: Array, cfg: MoEConfig) -> Array:
-    """Apply the experts' activation: (R, 2I) or (R, I) -> (R, I)."""
-    return ACTIVATIONS[cfg.activation].forward(gate_up)
+def activation(gate_up: Array, cfg: MoEConfig, *, shared: bool = False) -> Array:
+    """Apply the experts' (or the shared expert's) activation: (R, 2I) or (R, I) -> (R, I)."""
+    return activation_of(cfg, shared=shared).forward(gate_up)
 
 
-def activation_backward(grad_act: Array, gate_up: Array, cfg: MoEConfig) -> Array:
+def activation_backward(
+    grad_act: Array, gate_up: Array, cfg: MoEConfig, *, shared: bool = False
+) -> Array:
     """Return the gradient of gate_up."""
-    return ACTIVATIONS[cfg.activation].backward(grad_act, gate_up)
+    return activation_of(cfg, shared=shared).backward(grad_act, gate_up)
+
+
+def activation_of(cfg: MoEConfig, *, shared: bool = False) -> Activation:
+    """Return the activation of the experts, or of the shared expert, with its parameters."""
+    return bind_activation(*cfg.activation_call(shared=shared))
+
+
+def draw_dropout(plan: DispatchPlan, cfg: MoEConfig, rng: np.random.Generator, dtype: str) -> Array:
+    """Return what multiplies the activations (R, I): 0, or 1 / (1 - expert_dropout)."""
+    xp = array_namespace(plan.expert_offsets)
+    kept = rng.random((plan.num_rows, cfg.intermediate_size)) >= cfg.expert_dropout
+    return xp.asarray((kept / (1.0 - cfg.expert_dropout)).astype(dtype))
 
 
 def store(value: Array, out: Array | None, accumulate: bool) -> Array:

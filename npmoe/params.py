@@ -8,39 +8,60 @@ from typing import Any
 import numpy as np
 
 from npmoe._checks import Axes, check_float, check_same_dtype
-from npmoe._typing import Array
+from npmoe._typing import Array, HostArray
 from npmoe.config import MoEConfig
 from npmoe.errors import DTypeError, ShapeError
+
+# The shared expert's stream; spawn keys of the experts are far below.
+_SHARED_STREAM = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MoEParams:
     """Parameters of one layer; a field is None where the config has no such parameter.
 
+    N is E plus the identity experts (`MoEConfig.router_size`); C the slots per expert of soft
+    routing; S the size of the shared expert. What holds 2I or 2S rows holds I or S for an
+    activation without a gate half.
+
     Attributes
     ----------
-    router_weight : (E, H) float array
+    router_weight : (N, H) float array
+        (E*C, H) for soft routing, expert by expert.
     gate_up_proj : (E, 2I, H) float array
-        Gate in the first half; (E, I, H) for experts without a gate half.
+        Gate in the first half.
     down_proj : (E, H, I) float array
-    router_bias : (E,) float array or None
+    router_bias : (N,) float array or None
+    selection_bias : (N,) float array or None
+        Takes part in the choice alone and has no gradient.
     gate_up_bias : (E, 2I) float array or None
     down_bias : (E, H) float array or None
+    shared_gate_up_proj : (2S, H) float array or None
+    shared_down_proj : (H, S) float array or None
+    shared_gate_weight : (1, H) float array or None
+    output_bias : (H,) float array or None
+    soft_scale : () float array or None
     """
 
     router_weight: Array
     gate_up_proj: Array
     down_proj: Array
     router_bias: Array | None = None
+    selection_bias: Array | None = None
     gate_up_bias: Array | None = None
     down_bias: Array | None = None
+    shared_gate_up_proj: Array | None = None
+    shared_down_proj: Array | None = None
+    shared_gate_weight: Array | None = None
+    output_bias: Array | None = None
+    soft_scale: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MoEGrads(MoEParams):
     """Gradients: the fields of MoEParams, and that of the layer's input.
 
-    A field is None exactly where the parameter is None.
+    A field is None exactly where the parameter is None; `selection_bias` always is.
 
     Attributes
     ----------
@@ -61,14 +82,14 @@ def init_params(
 ) -> MoEParams:
     """Draw initial parameters.
 
-    Weights are normal with standard deviation 1/sqrt(fan-in), biases zero.
+    Weights are normal with standard deviation 1/sqrt(fan-in), biases zero, soft_scale one.
 
     Parameters
     ----------
     cfg : MoEConfig
     rng : int, Generator or SeedSequence
-        The router and each expert get a stream of their own, so that adding experts never
-        changes the first ones.
+        The router, each expert and the shared expert get a stream of their own, so that adding
+        experts never changes the first ones.
     dtype : {"float32", "float64"}
         Values are drawn in float64 and rounded.
 
@@ -84,8 +105,13 @@ def init_params(
     """
     if dtype not in ("float32", "float64"):
         raise DTypeError(f"init_params: dtype must be 'float32' or 'float64', got {dtype!r}.")
-    E, H, I = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
-    wide = cfg.gate_up_size
+    E, H, I, S = (
+        cfg.num_experts,
+        cfg.hidden_size,
+        cfg.intermediate_size,
+        cfg.shared_intermediate_size,
+    )
+    wide, N = cfg.gate_up_size, cfg.router_size
     if isinstance(rng, np.random.Generator):
         rng = int(rng.integers(2**63))
     seeds = rng if isinstance(rng, np.random.SeedSequence) else np.random.SeedSequence(rng)
@@ -95,47 +121,100 @@ def init_params(
     for e, stream in enumerate(streams[1:]):
         gate_up[e] = stream.standard_normal((wide, H)) / np.sqrt(H)
         down[e] = stream.standard_normal((H, I)) / np.sqrt(I)
+    shared = np.random.default_rng(
+        np.random.SeedSequence(seeds.entropy, spawn_key=(*seeds.spawn_key, _SHARED_STREAM))
+    )
+
+    def draw_shared(*shape: int) -> HostArray | None:
+        if not S:
+            return None
+        return np.asarray(shared.standard_normal(shape) / np.sqrt(shape[1]), dtype)
+
+    def zeros(present: bool, *shape: int) -> HostArray | None:
+        return np.zeros(shape, dtype) if present else None
+
     return MoEParams(
-        router_weight=(streams[0].standard_normal((E, H)) / np.sqrt(H)).astype(dtype),
-        router_bias=np.zeros(E, dtype) if cfg.router_bias else None,
+        router_weight=(streams[0].standard_normal((N, H)) / np.sqrt(H)).astype(dtype),
+        router_bias=zeros(cfg.router_bias, N),
+        selection_bias=zeros(cfg.selection_bias, N),
         gate_up_proj=gate_up,
         down_proj=down,
-        gate_up_bias=np.zeros((E, wide), dtype) if cfg.expert_bias else None,
-        down_bias=np.zeros((E, H), dtype) if cfg.expert_bias else None,
+        gate_up_bias=zeros(cfg.expert_bias, E, wide),
+        down_bias=zeros(cfg.expert_bias, E, H),
+        shared_gate_up_proj=draw_shared(cfg.shared_gate_up_size, H),
+        shared_down_proj=draw_shared(H, S),
+        shared_gate_weight=draw_shared(1, H) if cfg.shared_gated else None,
+        output_bias=zeros(cfg.output_bias, H),
+        soft_scale=np.ones((), dtype) if cfg.routing == "soft" else None,
     )
+
+
+# The option that decides whether a parameter exists, for messages.
+_OPTIONS = {
+    "router_bias": "router_bias",
+    "selection_bias": "selection_bias",
+    "gate_up_bias": "expert_bias",
+    "down_bias": "expert_bias",
+    "shared_gate_up_proj": "shared_intermediate_size",
+    "shared_down_proj": "shared_intermediate_size",
+    "shared_gate_weight": "shared_gated",
+    "output_bias": "output_bias",
+    "soft_scale": "routing",
+}
 
 
 def param_axes(cfg: MoEConfig) -> dict[str, tuple[str, ...]]:
     """Return the axes of every parameter that this config has."""
     wide = "2*I" if cfg.gated else "I"
+    rows = "E*C" if cfg.routing == "soft" else "N" if cfg.num_identity_experts else "E"
     axes: dict[str, tuple[str, ...]] = {
-        "router_weight": ("E", "H"),
+        "router_weight": (rows, "H"),
         "gate_up_proj": ("E", wide, "H"),
         "down_proj": ("E", "H", "I"),
     }
-    if cfg.router_bias:
-        axes["router_bias"] = ("E",)
-    if cfg.expert_bias:
-        axes["gate_up_bias"] = ("E", wide)
-        axes["down_bias"] = ("E", "H")
+    optional: tuple[tuple[bool, str, tuple[str, ...]], ...] = (
+        (cfg.router_bias, "router_bias", (rows,)),
+        (cfg.selection_bias, "selection_bias", (rows,)),
+        (cfg.expert_bias, "gate_up_bias", ("E", wide)),
+        (cfg.expert_bias, "down_bias", ("E", "H")),
+        (cfg.output_bias, "output_bias", ("H",)),
+        (cfg.routing == "soft", "soft_scale", ()),
+    )
+    axes |= {name: letters for present, name, letters in optional if present}
+    if cfg.shared_intermediate_size:
+        gated = cfg.shared_gate_up_size > cfg.shared_intermediate_size
+        axes["shared_gate_up_proj"] = ("2*S" if gated else "S", "H")
+        axes["shared_down_proj"] = ("H", "S")
+        if cfg.shared_gated:
+            axes["shared_gate_weight"] = ("1", "H")
     return axes
 
 
 def check_params(
     function: str, params: MoEParams, cfg: MoEConfig, dtype: Any, source: str, label: str = "params"
 ) -> None:
-    """Raise ShapeError or DTypeError unless `params` fits `cfg` and `dtype`."""
+    """Raise ShapeError or DTypeError unless `params` fits `cfg` and `dtype`.
+
+    With label "out" it is a place for gradients, which has no selection_bias.
+    """
     axes = Axes(function)
     axes.bind("cfg", E=cfg.num_experts, H=cfg.hidden_size, I=cfg.intermediate_size)
+    if cfg.num_identity_experts:
+        axes.bind("cfg.num_experts + cfg.num_identity_experts", N=cfg.router_size)
+    if cfg.routing == "soft":
+        axes.bind("cfg.expert_capacity", C=cfg.expert_capacity or 0)
+    if cfg.shared_intermediate_size:
+        axes.bind("cfg.shared_intermediate_size", S=cfg.shared_intermediate_size)
     expected = param_axes(cfg)
     for name in MoEParams.__dataclass_fields__:
         array = getattr(params, name)
+        if name == "selection_bias" and label == "out":
+            continue
         if (array is None) != (name not in expected):
             state = "an array" if array is None else "None"
             got = "None" if array is None else "an array"
-            option = "router_bias" if name == "router_bias" else "expert_bias"
-            is_bias = name.endswith("bias")
-            why = f"cfg.{option} is {getattr(cfg, option)}." if is_bias else "Every config has it."
+            option = _OPTIONS.get(name)
+            why = f"cfg.{option} is {getattr(cfg, option)!r}." if option else "Every config has it."
             raise ShapeError(f"{function}: {label}.{name} must be {state}, got {got}. {why}")
         if array is not None:
             check_float(function, f"{label}.{name}", array)

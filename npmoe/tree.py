@@ -33,7 +33,9 @@ def map_arrays(function: Callable[[str, HostArray], HostArray], tree: T, prefix:
     for name, child in _children(tree):
         path = f"{prefix}.{name}" if prefix else name
         if isinstance(child, np.ndarray):
-            new[name] = function(path, child)
+            value: Any = function(path, child)
+            # Arithmetic on an array of shape () gives a scalar.
+            new[name] = np.asarray(value) if isinstance(value, np.generic) else value
         else:
             new[name] = None if child is None else map_arrays(function, child, path)
     if isinstance(tree, tuple):

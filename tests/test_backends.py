@@ -273,7 +273,7 @@ def test_marker_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_protocol_has_the_verbs_that_loopback_wraps() -> None:
-    assert len(VERBS) == 19
+    assert len(VERBS) == 38
     assert sorted(loopback.VERBS) == sorted(VERBS)
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from npmoe import MoEConfig, expert_capacity, gradcheck
-from npmoe.capacity import divide_by_sum, divide_by_sum_backward, renormalize_kept
 from npmoe.dispatch import plan_dispatch
 
 
@@ -72,30 +71,3 @@ def test_explicit_rows_and_dropless() -> None:
     assert expert_capacity(5, MoEConfig()) is None
     assert expert_capacity(5, MoEConfig(expert_capacity=3)) == 3
     assert expert_capacity(10**6, MoEConfig(expert_capacity=0)) == 0
-
-
-def test_renormalize_kept() -> None:
-    # Expert 0 keeps one token, so token 1 keeps its second slot alone and token 2 nothing.
-    plan = plan_dispatch(np.array([[0, 1], [0, 2], [0, -1]]), num_experts=3, capacity=1)
-    weights = np.array([[0.75, 0.125], [0.5, 0.25], [0.5, 0.0]])
-    before = weights.copy()
-    got = renormalize_kept(weights, plan)
-    np.testing.assert_array_equal(weights, before)
-    np.testing.assert_array_equal(got, [[0.75 / 0.875, 0.125 / 0.875], [0.0, 1.0], [0.0, 0.0]])
-    np.testing.assert_array_equal(renormalize_kept(weights, plan, scale=4.0), 4.0 * got)
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_rows_of_zeros_stay_zero(dtype: type) -> None:
-    weights = np.array([[0.0, 0.0], [0.25, 0.75], [0.5, 0.5]], dtype)
-    got = divide_by_sum(weights)
-    assert got.dtype == dtype
-    np.testing.assert_array_equal(got, weights)
-    grad = divide_by_sum_backward(np.array([[3.0, 4.0], [1.0, 1.0], [1.0, 3.0]], dtype), weights)
-    assert grad.dtype == dtype
-    np.testing.assert_array_equal(grad, [[0.0, 0.0], [0.0, 0.0], [-1.0, 1.0]])
-
-
-def test_gradient_of_the_division() -> None:
-    weights = np.random.default_rng(0).random((4, 3)) + 0.1
-    gradcheck(divide_by_sum, divide_by_sum_backward, [weights])

@@ -28,7 +28,7 @@ def test_there_are_examples():
         for name in MODULES
         if any(test.examples for test in finder.find(importlib.import_module(name)))
     }
-    assert {"npmoe", "npmoe.dispatch", "npmoe.capacity", "npmoe.routing"} <= found
+    assert {"npmoe", "npmoe.dispatch", "npmoe.capacity", "npmoe.routing.selection"} <= found
 
 
 def test_the_example_of_the_readme():

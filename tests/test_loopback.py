@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import npmoe
+import npmoe.routed_path
 from accel import loopback
 from npmoe import DTypeError, MoEConfig
 from npmoe.backends import Backend
@@ -148,15 +149,15 @@ def test_a_bad_layer_is_caught(
     cfg = MoEConfig(hidden_size=4)
     params = map_arrays(lambda _, a: device.asarray(a), npmoe.init_params(cfg))
     x = device.asarray(np.ones((3, 4), np.float32))
-    compose = npmoe.layer.compose_forward
+    compose = npmoe.routed_path.compose_forward
 
-    def bad(*arguments: Any) -> Any:
-        output, gate_up = compose(*arguments)
+    def bad(*arguments: Any, **options: Any) -> Any:
+        output, gate_up = compose(*arguments, **options)
         return fault(output), gate_up
 
     with loopback.verbs_only():
         npmoe.moe_forward(x, params, cfg, device)
-        monkeypatch.setattr("npmoe.layer.compose_forward", bad)
+        monkeypatch.setattr("npmoe.routed_path.compose_forward", bad)
         with pytest.raises(DTypeError, match=r"^loopback: "):
             npmoe.moe_forward(x, params, cfg, device)
 

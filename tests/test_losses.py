@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from npmoe import MoEConfig, RangeError, gradcheck
+from npmoe import MoEConfig, RangeError, ShapeError, gradcheck
 from npmoe.losses import entropy_loss, load_balancing_loss, z_loss
 from npmoe.routing import Routing, route
 
@@ -18,7 +19,8 @@ U = 2.0**-53
 
 
 def routing_of(logits: np.ndarray, top_k: int = 2, **arguments: Any) -> Routing:
-    fields = {n: arguments.pop(n) for n in ("router_order", "nan_policy") if n in arguments}
+    names = ("router_order", "nan_policy", "score_fn")
+    fields = {n: arguments.pop(n) for n in names if n in arguments}
     cfg = MoEConfig(num_experts=logits.shape[1], top_k=top_k, **fields)
     return route(logits, cfg, **arguments)
 
@@ -161,7 +163,39 @@ def test_dtype_and_coefficient(loss: Callable[..., Any], dtype: type) -> None:
     assert value == pytest.approx(wide, rel=64 * float(np.finfo(dtype).eps))
 
 
-def test_unknown_convention() -> None:
+@pytest.mark.parametrize("loss", [z_loss, entropy_loss])
+@pytest.mark.parametrize("score_fn", ["sigmoid", "sqrtsoftplus"])
+def test_gradient_of_other_scores(loss: Callable[..., Any], score_fn: str) -> None:
+    logits = np.random.default_rng(0).standard_normal((5, 4))
+
+    def at(x: np.ndarray) -> tuple[float, np.ndarray]:
+        return loss(routing_of(x, score_fn=score_fn, token_mask=MASK), coefficient=1.5)
+
+    gradcheck(lambda x: np.float64(at(x)[0]), lambda g, x: g * at(x)[1], [logits])
+    softmax = loss(routing_of(logits, token_mask=MASK), coefficient=1.5)[0]
+    # The z-loss is one of logits, the entropy one of normalised scores.
+    assert (at(logits)[0] == softmax) == (loss is z_loss)
+
+
+def test_entropy_of_normalised_sigmoids() -> None:
+    # Scores 3/4 and 1/4 sum to 1; 1/2 and 1/2 do too.
+    logits = np.array([[math.log(3.0), -math.log(3.0)], [0.0, 0.0]])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) + math.log(2.0)
+    value, _ = entropy_loss(routing_of(logits, 1, score_fn="sigmoid"))
+    assert value == pytest.approx(entropy / 2, rel=16 * U)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_messages(loss: Callable[..., Any]) -> None:
+    routing = routing_of(np.zeros((2, 3)))
     with pytest.raises(RangeError) as caught:
-        load_balancing_loss(routing_of(np.zeros((1, 2))), convention="gshard")  # type: ignore[arg-type]
-    assert str(caught.value) == ("load_balancing_loss: convention must be 'switch', got 'gshard'.")
+        loss(routing, coefficient=math.nan)
+    assert str(caught.value) == f"{loss.__name__}: coefficient must be finite, got nan."
+    soft = dataclasses.replace(routing, topk_ids=np.zeros((6, 1), np.int32))
+    with pytest.raises(ShapeError) as shape:
+        loss(soft)
+    assert str(shape.value) == (
+        f"{loss.__name__}: routing.topk_ids must have shape (T, K) with T = 2, got (6, 1). "
+        "T is bound by routing.probs. Soft routing sends every token everywhere and needs no "
+        "such loss."
+    )

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npmoe import MoEConfig, RangeError, gradcheck
-from npmoe.capacity import renormalize_kept
 from npmoe.dispatch import DispatchPlan, plan_dispatch
-from npmoe.routing import Routing, route, route_backward, stable_topk
+from npmoe.routing import Routing, renormalize_kept, route, route_backward, stable_topk
 
 ORDERS = ("score_topk", "topk_score")
 INF, NAN = np.inf, np.nan
@@ -367,7 +366,7 @@ def test_gradient_after_the_drop(scale: float) -> None:
     def planned(x: np.ndarray) -> tuple[Routing, DispatchPlan]:
         routing = route(x, cfg)
         plan = plan_dispatch(routing.topk_ids, num_experts=5, capacity=2)
-        weights = renormalize_kept(routing.topk_weights, plan, scale=scale)
+        weights = renormalize_kept(routing, plan, cfg)
         return dataclasses.replace(routing, topk_weights=weights), plan
 
     routing, plan = planned(logits)

@@ -9,7 +9,6 @@ import numpy as np
 
 from npmoe import ops
 from npmoe._typing import HostArray
-from npmoe.activations import ACTIVATIONS
 from npmoe.backends.protocol import ExpertGrads
 from npmoe.backends.reference import ReferenceBackend
 from npmoe.config import MoEConfig
@@ -39,19 +38,33 @@ class NumpyBackend(ReferenceBackend):
         plan: DispatchPlan,
         topk_weights: HostArray,
         cfg: MoEConfig,
+        *,
+        dropout: HostArray | None = None,
     ) -> tuple[HostArray, HostArray]:
         """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5) of `npmoe.layer`."""
-        forward = ACTIVATIONS[cfg.activation].forward
+        forward = ops.activation_of(cfg).forward
+        position = cfg.weight_position
+        row_weights = _row_weights(topk_weights, plan)
         gate_up = np.empty((plan.num_rows, params.gate_up_proj.shape[1]), x.dtype)
         y_sorted = np.empty((plan.num_rows, x.shape[1]), x.dtype)
         for e, rows in _blocks(plan):
-            pre = np.matmul(_gather(x, plan, rows), params.gate_up_proj[e].T, out=gate_up[rows])
+            tokens = _gather(x, plan, rows)
+            if position == "input":
+                tokens *= row_weights[rows]
+            pre = np.matmul(tokens, params.gate_up_proj[e].T, out=gate_up[rows])
             if params.gate_up_bias is not None:
                 pre += params.gate_up_bias[e]
-            y = np.matmul(forward(pre), params.down_proj[e].T, out=y_sorted[rows])
+            act = forward(pre)
+            if dropout is not None:
+                act *= dropout[rows]
+            if position == "mid":
+                act *= row_weights[rows]
+            y = np.matmul(act, params.down_proj[e].T, out=y_sorted[rows])
             if params.down_bias is not None:
-                y += params.down_bias[e]
-        return ops.combine_rows(y_sorted, plan, topk_weights=topk_weights), gate_up
+                bias = params.down_bias[e]
+                y += row_weights[rows] * bias if position == "mid" else bias
+        weights = topk_weights if position == "output" else None
+        return ops.combine_rows(y_sorted, plan, topk_weights=weights), gate_up
 
     def experts_backward(
         self,
@@ -63,27 +76,40 @@ class NumpyBackend(ReferenceBackend):
         topk_weights: HostArray,
         cfg: MoEConfig,
         *,
+        dropout: HostArray | None = None,
         out: MoEParams | None = None,
         accumulate: bool = False,
     ) -> ExpertGrads:
         """Return the gradients of the expert core; eq. (6) to (11) of `npmoe.layer`."""
-        backward = ACTIVATIONS[cfg.activation].recompute_and_backward
+        backward = ops.activation_of(cfg).recompute_and_backward
+        on_input = cfg.weight_position == "input"
         sums = _WeightGrads(params, plan, out, accumulate)
-        row_weights = topk_weights.reshape(-1)[plan.pair_ids][:, None]  # (R, 1)
+        row_weights = _row_weights(topk_weights, plan)
         grad_rows = np.empty((plan.num_rows, x.shape[1]), x.dtype)
         grad_row_weights = np.empty(plan.num_rows, x.dtype)
         for e, rows in _blocks(plan):
             g = _gather(grad_output, plan, rows)
             unweighted = g @ params.down_proj[e]  # eq. (6)
             weights = row_weights[rows]
-            act, grad_gate_up = backward(unweighted * weights, gate_up[rows])  # eq. (4), (9)
-            np.einsum("ri,ri->r", unweighted, act, out=grad_row_weights[rows])  # eq. (7)
-            if params.down_bias is not None:
-                grad_row_weights[rows] += g @ params.down_bias[e]
-            g *= weights
+            grad_act = unweighted if on_input else unweighted * weights
+            if dropout is not None:
+                grad_act = grad_act * dropout[rows]
+            act, grad_gate_up = backward(grad_act, gate_up[rows])  # eq. (4), (9)
+            if dropout is not None:
+                act *= dropout[rows]
+            tokens = _gather(x, plan, rows)
+            grad_tokens = np.matmul(grad_gate_up, params.gate_up_proj[e], out=grad_rows[rows])
+            if on_input:
+                np.einsum("rh,rh->r", grad_tokens, tokens, out=grad_row_weights[rows])
+                grad_tokens *= weights
+                tokens *= weights
+            else:
+                np.einsum("ri,ri->r", unweighted, act, out=grad_row_weights[rows])  # eq. (7)
+                if params.down_bias is not None:
+                    grad_row_weights[rows] += g @ params.down_bias[e]
+                g *= weights
             sums.add("down_proj", e, g, act)  # eq. (8)
-            sums.add("gate_up_proj", e, grad_gate_up, _gather(x, plan, rows))  # eq. (10)
-            np.matmul(grad_gate_up, params.gate_up_proj[e], out=grad_rows[rows])
+            sums.add("gate_up_proj", e, grad_gate_up, tokens)  # eq. (10)
         grad_topk_weights = np.zeros(plan.num_tokens * plan.top_k, x.dtype)
         grad_topk_weights[plan.pair_ids] = grad_row_weights
         return ExpertGrads(
@@ -94,6 +120,11 @@ class NumpyBackend(ReferenceBackend):
             gate_up_bias=sums.grads.get("gate_up_bias"),
             down_bias=sums.grads.get("down_bias"),
         )
+
+
+def _row_weights(topk_weights: HostArray, plan: DispatchPlan) -> HostArray:
+    """Return the combine weight of every row as a column (R, 1)."""
+    return topk_weights.reshape(-1)[plan.pair_ids][:, None]
 
 
 class _WeightGrads:

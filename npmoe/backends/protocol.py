@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from npmoe._typing import Array, HostArray
-from npmoe.config import MoEConfig
+from npmoe.config import DropPolicy, MoEConfig, SlotOrder
 from npmoe.dispatch import DispatchPlan
 from npmoe.params import MoEParams
-from npmoe.routing import Routing
+from npmoe.routing import Routing, SoftRouting
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,10 @@ class FusedExperts(Protocol):
         plan: DispatchPlan,
         topk_weights: Array,
         cfg: MoEConfig,
+        *,
+        dropout: Array | None = None,
     ) -> tuple[Array, Array]:
-        """Return the output (T, H) and gate_up (R, 2I)."""
+        """Return the output (T, H) and gate_up (R, 2I); dropout (R, I) multiplies activations."""
 
     def experts_backward(
         self,
@@ -58,6 +61,7 @@ class FusedExperts(Protocol):
         topk_weights: Array,
         cfg: MoEConfig,
         *,
+        dropout: Array | None = None,
         out: MoEParams | None = None,
         accumulate: bool = False,
     ) -> ExpertGrads:
@@ -111,6 +115,27 @@ class Backend(Protocol):
     def add(self, x: Array, y: Array) -> Array:
         """Return the sum of two arrays of one shape."""
 
+    def multiply(self, x: Array, y: Array) -> Array:
+        """Return the product of two arrays, elementwise."""
+
+    def scale(self, x: Array, factor: float) -> Array:
+        """Multiply by a number."""
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        """Convert to another float dtype."""
+
+    def add_bias(self, x: Array, bias: Array, mask: Array | None = None) -> Array:
+        """(T, H), (H,) -> (T, H), zero where masked."""
+
+    def sum_rows(self, x: Array) -> Array:
+        """(T, H) -> (H,)."""
+
+    def gate_rows(self, rows: Array, logit: Array) -> Array:
+        """Multiply rows (T, N) by the sigmoid of logits (T, 1)."""
+
+    def gate_rows_backward(self, grad_act: Array, act: Array, logit: Array) -> Array:
+        """Return the gradient of the logits (T, 1)."""
+
     def store(self, value: Array, out: Array | None, accumulate: bool) -> Array:
         """Put a result into a caller's array."""
 
@@ -119,6 +144,7 @@ class Backend(Protocol):
         router_logits: Array,
         cfg: MoEConfig,
         *,
+        selection_bias: Array | None = None,
         token_mask: Array | None = None,
         topk_ids: Array | None = None,
         rng: np.random.Generator | None = None,
@@ -140,16 +166,68 @@ class Backend(Protocol):
         topk_ids: Array,
         *,
         num_experts: int,
-        capacity: int | None = None,
-        drop_policy: Literal["position", "probability"] = "position",
+        num_identity_experts: int = 0,
+        capacity: int | Sequence[int] | None = None,
+        drop_policy: DropPolicy = "position",
+        slot_order: SlotOrder = "priority",
         topk_weights: Array | None = None,
+        rng: np.random.Generator | None = None,
     ) -> DispatchPlan:
         """Sort routes by expert, drop what exceeds the capacity."""
 
-    def renormalize_kept(
-        self, topk_weights: Array, plan: DispatchPlan, *, scale: float = 1.0
+    def renormalize_kept(self, routing: Routing, plan: DispatchPlan, cfg: MoEConfig) -> Array:
+        """Normalise and scale weights over the kept routes."""
+
+    def softcap(self, x: Array, limit: float) -> Array:
+        """Return limit * tanh(x / limit)."""
+
+    def softcap_backward(self, grad: Array, capped: Array, limit: float) -> Array:
+        """Return the gradient of x."""
+
+    def soft_route(
+        self,
+        x: Array,
+        router_weight: Array,
+        soft_scale: Array,
+        *,
+        token_mask: Array | None = None,
+        nan_policy: str = "raise",
+    ) -> SoftRouting:
+        """Return logits and both soft assignments of x (B, L, H)."""
+
+    def soft_dispatch(self, x: Array, dispatch: Array) -> Array:
+        """(B, L, H), (B, L, E*C) -> (B*E*C, H)."""
+
+    def soft_combine(self, y: Array, combine: Array) -> Array:
+        """(B*E*C, H), (B, L, E*C) -> (B, L, H)."""
+
+    def soft_combine_backward(self, grad: Array, y: Array, combine: Array) -> tuple[Array, Array]:
+        """Return the gradients of y and of combine."""
+
+    def soft_dispatch_backward(
+        self, grad_slots: Array, x: Array, dispatch: Array
+    ) -> tuple[Array, Array]:
+        """Return the gradients of x and of dispatch."""
+
+    def soft_weights_backward(
+        self, grad_dispatch: Array, grad_combine: Array, soft: SoftRouting
     ) -> Array:
-        """Normalise weights over the kept routes."""
+        """Return the gradient of the logits."""
+
+    def soft_route_backward(
+        self, grad_logits: Array, x: Array, router_weight: Array, soft_scale: Array
+    ) -> tuple[Array, Array, Array]:
+        """Return the gradients of x, router_weight and soft_scale."""
+
+    def combine_identity(
+        self, x: Array, topk_ids: Array, topk_weights: Array, num_experts: int
+    ) -> Array:
+        """Multiply x (T, H) by the summed weights of each token's identity experts."""
+
+    def combine_identity_backward(
+        self, grad: Array, x: Array, topk_ids: Array, topk_weights: Array, num_experts: int
+    ) -> tuple[Array, Array]:
+        """Return the gradients of x and of topk_weights."""
 
     def gather_rows(self, x: Array, plan: DispatchPlan) -> Array:
         """(T, H) -> (R, H)."""
@@ -193,8 +271,15 @@ class Backend(Protocol):
     def spread_experts(self, values: Array, plan: DispatchPlan) -> Array:
         """(E, N) -> (R, N)."""
 
-    def activation(self, gate_up: Array, cfg: MoEConfig) -> Array:
+    def draw_dropout(
+        self, plan: DispatchPlan, cfg: MoEConfig, rng: np.random.Generator, dtype: str
+    ) -> Array:
+        """Return the dropout factors of the activations (R, I)."""
+
+    def activation(self, gate_up: Array, cfg: MoEConfig, *, shared: bool = False) -> Array:
         """(R, 2I) -> (R, I)."""
 
-    def activation_backward(self, grad_act: Array, gate_up: Array, cfg: MoEConfig) -> Array:
+    def activation_backward(
+        self, grad_act: Array, gate_up: Array, cfg: MoEConfig, *, shared: bool = False
+    ) -> Array:
         """Return grad_gate_up."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 
 from npmoe.cli._common import check_json, print_table, write_json
+from npmoe.layer_gradcheck import gradcheck_layer, gradcheck_layers
 from npmoe.models.gradcheck import gradcheck_model, gradcheck_models
 from npmoe.models.language import host_backend
 
 HELP = "check every hand-written gradient against finite differences"
 DESCRIPTION = (
-    "Compare the gradient of every parameter of small full models with fourth-order central "
+    "Compare every gradient of small full models and layers with fourth-order central "
     "differences in float64, along random directions, and print the worst relative errors."
 )
 TOLERANCE = 1e-7
@@ -32,10 +34,19 @@ def run(options: argparse.Namespace) -> int:
     check_json(options.json)
     backend = host_backend("gradcheck", options.backend)
     found: dict[str, dict[str, float]] = {}
-    for title, cfg in gradcheck_models().items():
-        errors = gradcheck_model(
-            cfg, seed=options.seed, directions=options.directions, backend=backend
-        )
+    check = {"seed": options.seed, "directions": options.directions, "backend": backend}
+    runs = [
+        *(
+            (f"model: {t}", functools.partial(gradcheck_model, c))
+            for t, c in gradcheck_models().items()
+        ),
+        *(
+            (f"layer: {t}", functools.partial(gradcheck_layer, c))
+            for t, c in gradcheck_layers().items()
+        ),
+    ]
+    for title, run_check in runs:
+        errors = run_check(**check)
         print(title)
         print_table([(name, _verdict(error)) for name, error in errors.items()])
         found[title] = errors

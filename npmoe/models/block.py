@@ -16,9 +16,10 @@ from npmoe._typing import HostArray
 from npmoe.backends import Backend
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
-from npmoe.layer import SavedTensors, moe_backward, moe_forward
+from npmoe.layer import moe_backward, moe_forward
 from npmoe.models.config import LanguageConfig
 from npmoe.params import MoEParams, init_params
+from npmoe.saved import SavedTensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,12 @@ class LanguageConfig:
                 f"LanguageConfig: moe.hidden_size must equal hidden_size = {self.hidden_size}, "
                 f"got {self.moe.hidden_size}."
             )
+        if self.moe is not None and self.moe.routing not in ("token_choice", "dense"):
+            raise RangeError(
+                "LanguageConfig: moe.routing must be 'token_choice' or 'dense', got "
+                f"{self.moe.routing!r}. A language model must not see later tokens, and has no "
+                "table of ids."
+            )
         self._require(
             self.moe is not None or self.moe_every == 1, "moe_every", "stay 1 without moe"
         )

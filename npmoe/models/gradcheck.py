@@ -9,8 +9,8 @@ import numpy as np
 from npmoe._typing import HostArray
 from npmoe.backends import Backend
 from npmoe.config import MoEConfig
-from npmoe.errors import RangeError
 from npmoe.finite_differences import check_directions
+from npmoe.layer_gradcheck import check_counts, layer_decisions
 from npmoe.models.config import LanguageConfig
 from npmoe.models.language import init_language_params, language_loss, language_loss_value
 from npmoe.tree import map_arrays
@@ -113,9 +113,7 @@ def gradcheck_model(
     RangeError
         If nothing would be checked, or the seed is negative.
     """
-    for name, value, least in (("directions", directions, 1), ("seed", seed, 0)):
-        if value < least:
-            raise RangeError(f"gradcheck: {name} must be at least {least}, got {value}.")
+    check_counts(seed, directions)
     rng = np.random.default_rng(seed)
     params = map_arrays(
         # Biases start at zero and norm weights at one; move them off these special points.
@@ -139,12 +137,12 @@ def gradcheck_model(
         return value
 
     def decisions() -> HostArray:
-        parts: list[HostArray] = []
-        for layer in (block.moe for block in saved.blocks if block.moe is not None):
-            signs = layer.gate_up > 0 if layer.cfg.activation == "relu" else np.empty(0)
-            parts += [layer.routing.topk_ids, layer.plan.row_ids, signs]
-        return np.concatenate([p.ravel().astype(np.int64) for p in parts])
+        layers = (block.moe for block in saved.blocks if block.moe is not None)
+        return np.concatenate([layer_decisions(layer) for layer in layers])
 
+    # A stream of its own: that of the data would move an input along itself, and the gradient
+    # of anything normalised vanishes there.
+    turns = np.random.default_rng((seed, 2))
     return check_directions(
-        loss, result.grads, params, directions=directions, decisions=decisions, rng=seed
+        loss, result.grads, params, directions=directions, decisions=decisions, rng=turns
     )

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import math
+from typing import NamedTuple
 
 import numpy as np
 
 from npmoe._typing import HostArray
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
-from npmoe.naive.capacity import renormalize_kept, renormalize_kept_backward
+from npmoe.naive.draws import NO_DRAWS, Draws
+from npmoe.naive.scoring import is_finite_row, score, softmax
+from npmoe.naive.selection import choose_ids, keeps_second
+from npmoe.naive.weights import (
+    chosen_weights,
+    chosen_weights_backward,
+    renormalize,
+    renormalize_backward,
+)
+
+__all__ = ["NaiveRouting", "route", "route_backward", "softmax", "valid_tokens"]
 
 
-def softmax(row: list[float]) -> list[float]:
-    """Return exp(x_e) / sum exp(x); zeros where every x is -inf."""
-    largest = max(row, default=-math.inf)
-    if largest == -math.inf:
-        return [0.0] * len(row)
-    powers = [math.exp(x - largest) for x in row]
-    return [power / sum(powers) for power in powers]
+class NaiveRouting(NamedTuple):
+    """Choices before any drop for capacity."""
 
-
-def is_finite_row(row: HostArray) -> bool:
-    """Return whether the largest logit is neither NaN nor infinite; a single -inf is legal."""
-    return not any(math.isnan(x) for x in row) and math.isfinite(max(row))
+    topk_ids: HostArray  # (T, K) int64; by falling key, -1 where there is none
+    topk_weights: HostArray  # (T, K), 0 where the id is -1
+    probs: HostArray  # (T, E), 0 where masked or not finite
+    summed_ids: HostArray  # (T, K), topk_ids with the second experts that policy "random" dropped
 
 
 def valid_tokens(logits: HostArray, cfg: MoEConfig, token_mask: HostArray | None) -> list[bool]:
@@ -46,57 +51,53 @@ def route(
     cfg: MoEConfig,
     token_mask: HostArray | None = None,
     topk_ids: HostArray | None = None,
-) -> tuple[HostArray, HostArray, HostArray]:
-    """Choose the experts of every token.
+    *,
+    selection_bias: HostArray | None = None,
+    sequence_length: int | None = None,
+    draws: Draws = NO_DRAWS,
+) -> NaiveRouting:
+    """Choose the experts of every token; `topk_ids` (T, K) replays choices, -1 is no expert.
 
-    Parameters
-    ----------
-    logits : (T, E) float array
-        Router logits.
-    cfg : MoEConfig
-        Uses top_k, router_order, renormalize, renormalize_drop and nan_policy.
-    token_mask : (T,) bool array, optional
-        False rows are never looked at.
-    topk_ids : (T, K) int array, optional
-        Choices to replay instead of choosing; -1 is no expert.
-
-    Returns
-    -------
-    topk_ids : (T, K) int64 array
-        By falling key, the lowest id first among equals; -1 where masked.
-    topk_weights : (T, K) float64 array
-        0 where there is no expert. With renormalize_drop="after" neither normalised nor scaled.
-    probs : (T, E) float64 array
-        Softmax of the logits; 0 where masked or not finite.
+    With renormalize_drop="after" the weights are neither normalised nor scaled. A row that is
+    not finite has probabilities and weights 0, and under "clamp" the ids 0 to K-1.
 
     Raises
     ------
     RangeError
-        If the largest logit of a row is NaN or infinite and nan_policy is "raise".
+        If the largest logit of a row is NaN or infinite and nan_policy is "raise"; if choices or
+        random numbers are missing.
     """
-    num_tokens, num_experts = logits.shape
-    top_k = cfg.top_k if topk_ids is None else topk_ids.shape[1]
-    ids = np.full((num_tokens, top_k), -1)
-    weights = np.zeros((num_tokens, top_k))
-    probs = np.zeros((num_tokens, num_experts))
-    for t, valid in enumerate(valid_tokens(logits, cfg, token_mask)):
-        if not valid:
-            continue
-        row = logits[t].tolist() if is_finite_row(logits[t]) else [-math.inf] * num_experts
-        probs[t] = softmax(row)
-        key = row if cfg.router_order == "topk_score" else probs[t]
-        by_key = sorted((-key[e], e) for e in range(num_experts))
-        ids[t] = [e for _, e in by_key[:top_k]] if topk_ids is None else topk_ids[t]
-        slots = [k for k in range(top_k) if ids[t, k] >= 0]
-        if cfg.router_order == "topk_score":
-            weights[t, slots] = softmax([row[ids[t, k]] for k in slots])
-        else:
-            weights[t, slots] = [probs[t, ids[t, k]] for k in slots]
+    valid = valid_tokens(logits, cfg, token_mask)
+    usable = [v and is_finite_row(logits[t]) for t, v in enumerate(valid)]
+    probs = np.zeros(logits.shape)
+    for t in range(logits.shape[0]):
+        if usable[t]:
+            probs[t] = score(logits[t].tolist(), cfg.score_fn)
+    if topk_ids is None:
+        ids = choose_ids(logits, probs, valid, cfg, selection_bias, sequence_length, draws.gumbel)
+    else:
+        ids = np.where(np.array(valid, dtype=bool)[:, None], topk_ids, -1)
+    weights = np.zeros(ids.shape)
+    for t in range(ids.shape[0]):
+        slots = [k for k in range(ids.shape[1]) if usable[t] and ids[t, k] >= 0]
+        experts = [int(ids[t, k]) for k in slots]
+        if usable[t]:
+            weights[t, slots] = chosen_weights(logits[t].tolist(), experts, cfg)
     if cfg.renormalize_drop == "before":
-        if cfg.renormalize:
-            weights = renormalize_kept(weights, ids >= 0)
+        weights = renormalize(weights, ids >= 0, cfg)
+    summed_ids = ids.copy()
+    if cfg.second_expert_policy == "random" and topk_ids is None:
+        if draws.second is None:
+            raise RangeError(
+                "route: draws.second must be given with second_expert_policy='random', got None. "
+                "The second expert is kept at random."
+            )
+        for t in range(ids.shape[0]):
+            if not keeps_second(float(weights[t, 1]), float(draws.second[t])):
+                ids[t, 1], weights[t, 1] = -1, 0.0
+    if cfg.renormalize_drop == "before":
         weights = weights * cfg.routed_scaling_factor
-    return ids, weights, probs
+    return NaiveRouting(ids, weights, probs, summed_ids)
 
 
 def route_backward(
@@ -105,40 +106,31 @@ def route_backward(
     topk_ids: HostArray,
     cfg: MoEConfig,
     kept: HostArray | None = None,
+    summed_ids: HostArray | None = None,
 ) -> HostArray:
     """Return the gradient of the logits (T, E); the choice itself is a constant.
 
     With `kept` (T, K), `grad_topk_weights` is the gradient of the weights after the drop: a
     dropped route has none, and with renormalize_drop="after" the kept ones were normalised and
-    scaled.
+    scaled. `summed_ids` are topk_ids if omitted.
     """
-    chosen = topk_ids >= 0
-    grad = np.where(chosen if kept is None else kept, grad_topk_weights, 0.0)
-    if cfg.renormalize_drop == "before" or kept is not None:
+    grad = np.where(topk_ids >= 0 if kept is None else kept, grad_topk_weights, 0.0)
+    ids = topk_ids if summed_ids is None else summed_ids
+    dropped_yet = cfg.renormalize_drop == "before" or kept is not None
+    if dropped_yet:
         grad = grad * cfg.routed_scaling_factor
+    weights = np.zeros(ids.shape)
+    rows = [t for t in range(ids.shape[0]) if is_finite_row(logits[t])]
+    slots = {t: [k for k in range(ids.shape[1]) if ids[t, k] >= 0] for t in rows}
+    for t in rows:
+        experts = [int(ids[t, k]) for k in slots[t]]
+        weights[t, slots[t]] = chosen_weights(logits[t].tolist(), experts, cfg)
+    if dropped_yet:
+        summed = kept if cfg.renormalize_drop == "after" and kept is not None else ids >= 0
+        grad = renormalize_backward(grad, weights, summed, cfg)
     grad_logits = np.zeros(logits.shape)
-    for t in range(logits.shape[0]):
-        if not is_finite_row(logits[t]):
-            continue
-        slots = [k for k in range(topk_ids.shape[1]) if chosen[t, k]]
-        experts = [int(topk_ids[t, k]) for k in slots]
+    for t in rows:
+        experts = [int(ids[t, k]) for k in slots[t]]
         row = logits[t].tolist()
-        if cfg.router_order == "topk_score":
-            p = softmax([row[e] for e in experts])
-            mean = sum(grad[t, k] * p[i] for i, k in enumerate(slots))
-            for i, k in enumerate(slots):
-                grad_logits[t, experts[i]] += p[i] * (grad[t, k] - mean)
-            continue
-        p = softmax(row)
-        grad_chosen = grad[t : t + 1, slots]
-        if cfg.renormalize and (cfg.renormalize_drop == "before" or kept is not None):
-            summed = chosen if cfg.renormalize_drop == "before" or kept is None else kept
-            raw = np.array([[p[e] for e in experts]])
-            grad_chosen = renormalize_kept_backward(grad_chosen, raw, summed[t : t + 1, slots])
-        grad_probs = [0.0] * len(p)
-        for i, e in enumerate(experts):
-            grad_probs[e] += grad_chosen[0, i]
-        mean = sum(g * q for g, q in zip(grad_probs, p, strict=True))
-        for e, q in enumerate(p):
-            grad_logits[t, e] = q * (grad_probs[e] - mean)
+        grad_logits[t] = chosen_weights_backward(grad[t, slots[t]].tolist(), row, experts, cfg)
     return grad_logits

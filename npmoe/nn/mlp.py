@@ -9,7 +9,7 @@ import numpy as np
 
 from npmoe import ops
 from npmoe._typing import HostArray
-from npmoe.activations import ACTIVATIONS, Activation
+from npmoe.activations import ACTIVATIONS, Activation, bind_activation
 from npmoe.errors import RangeError
 from npmoe.nn._inputs import Inputs
 
@@ -48,7 +48,7 @@ def init_mlp_params(
     hidden_size, intermediate_size : int
         H and I.
     activation : str
-        A key of `npmoe.activations.ACTIVATIONS`.
+        A key of `npmoe.activations.ACTIVATIONS`; alpha and limit are the published ones.
     rng : int or Generator
     dtype : {"float32", "float64"}
         Values are drawn in float64 and rounded.
@@ -88,7 +88,7 @@ def mlp(x: HostArray, params: MLPParams, activation: str) -> tuple[HostArray, Ho
     x : (..., H) float array
     params : MLPParams
     activation : str
-        A key of `npmoe.activations.ACTIVATIONS`.
+        A key of `npmoe.activations.ACTIVATIONS`; alpha and limit are the published ones.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def _activation(function: str, name: str) -> Activation:
             f"{function}: activation must be one of {', '.join(map(repr, ACTIVATIONS))}, "
             f"got {name!r}."
         )
-    return ACTIVATIONS[name]
+    return bind_activation(name)
 
 
 def _check(

@@ -7,101 +7,140 @@ Needs the package hypothesis; `npmoe.testing.problems` does not.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
+from npmoe._config_rules import LITERALS, default_of
 from npmoe._typing import HostArray
+from npmoe.activations import ACTIVATIONS
 from npmoe.config import MoEConfig
-from npmoe.testing.problems import MoEProblem, Values, is_exact, make_problem
+from npmoe.errors import RangeError
+from npmoe.testing.draws import needs_generator
+from npmoe.testing.exactness import EXACT_FIELDS, INTEGER_ACTIVATIONS, is_exact
+from npmoe.testing.problems import MoEProblem, Values, make_problem
 
 __all__ = ["MoEProblem", "make_problem", "moe_configs", "moe_problems", "topk_ids_arrays"]
 
-_NEEDS_FACTOR = (
-    "capacity_factor",
-    "eval_capacity_factor",
-    "capacity_rounding",
-    "capacity_count_top_k",
-    "min_capacity",
-    "capacity_multiple",
-)
 _FACTORS = ("1/4", "1/2", "0.75", "1", "1.25", "1.1", "2", "100")
+
+# What to draw from, enabling fields first; a value that the config refuses is not taken.
+_CANDIDATES: dict[str, tuple[Any, ...]] = {
+    "routing": (*["token_choice"] * 5, "expert_choice", "soft", "dense"),
+    "expert_capacity": (None, None, 0, 1, 2, 3, 6),
+    "capacity_factor": (None, *_FACTORS),
+    "num_identity_experts": (0, 0, 1, 3),
+    "score_fn": ("softmax", "softmax", "sigmoid", "sqrtsoftplus"),
+    "router_order": ("score_topk", "topk_score"),
+    "renormalize": (False, True),
+    "renorm_single": (True, False),
+    "renorm_eps": (0.0, 0.0, 1e-20, 0.25),
+    "renorm_eps_mode": ("add", "max"),
+    "renorm_p": (1, 1, 2),
+    "routed_scaling_factor": (1.0, 0.5, 2.5),
+    "logit_softcap": (None, None, 0.5, 2.0),
+    "selection_bias": (False, True),
+    "selection_bias_on": ("scores", "logits"),
+    "num_groups": (1, 1, 2, 4),
+    "topk_group": (1, 2, 3),
+    "group_score": ("max", "top2_sum", "topk_div"),
+    "group_fill": ("-inf", "zero"),
+    "second_expert_policy": ("all", "all", "sampling", "random"),
+    "router_noise_std": (0.0, 0.5),
+    "router_jitter": (0.0, 0.25),
+    "router_bias": (False, True),
+    "router_dtype": (None, None, None, "float32", "float64"),
+    "nan_policy": ("raise", "clamp", "drop"),
+    "weight_position": ("output", "output", "mid", "input"),
+    "activation": tuple(ACTIVATIONS),
+    "shared_intermediate_size": (0, 0, 1, 3, 8),
+    "shared_gated": (False, True),
+    "shared_activation": (None, None, *ACTIVATIONS),
+    "shared_combine": ("sum", "average"),
+    "activation_alpha": (None, 0.5, 1.0),
+    "activation_limit": (None, 0.5, 2.0),
+    "expert_bias": (False, True),
+    "expert_dropout": (0.0, 0.0, 0.5),
+    "output_bias": (False, False, True),
+    "capacity_scope": ("batch", "sequence"),
+    "eval_capacity_factor": (None, *_FACTORS),
+    "capacity_rounding": LITERALS["capacity_rounding"],
+    "capacity_count_top_k": (True, False),
+    "min_capacity": (0, 0, 1, 3),
+    "capacity_multiple": (1, 1, 2, 4),
+    "renormalize_drop": ("before", "after"),
+    "drop_policy": LITERALS["drop_policy"],
+    "slot_order": ("priority", "token"),
+}
+# What a fixed field needs beside it to mean anything.
+_CAPACITY = {"capacity_factor": "0.75"}
+_NEEDS: dict[str, dict[str, Any]] = {
+    "renormalize_drop": {"renormalize": True, "router_order": "score_topk"},
+    "renormalize": {"router_order": "score_topk"},
+    "renorm_eps": {"renormalize": True, "router_order": "score_topk"},
+    "renorm_p": {"renormalize": True, "router_order": "score_topk", "top_k": 2, "num_experts": 4},
+    "second_expert_policy": {"top_k": 2, "num_experts": 4},
+    "group_fill": {"num_groups": 2, "num_experts": 4, "top_k": 2},
+    "group_score": {"num_groups": 2, "num_experts": 4, "top_k": 2},
+    "selection_bias_on": {"selection_bias": True},
+    "shared_gated": {"shared_intermediate_size": 3},
+    "shared_combine": {"shared_intermediate_size": 3},
+}
+_NEED_CAPACITY = ("drop_policy", "renormalize_drop", "capacity_scope", "slot_order")
 
 
 @st.composite
 def moe_configs(draw: st.DrawFn, /, **fixed: Any) -> MoEConfig:
     """Draw a legal MoEConfig; keywords fix fields.
 
-    Fields that would contradict a fixed one keep their default, unless they are fixed too.
+    Every other field is drawn in turn and keeps its default where the config would refuse the
+    value, so that the rules live in the config alone. Routing "hash" needs ids from outside and
+    is not drawn.
     """
+    return _draw_config(draw, _CANDIDATES, fixed)
+
+
+def _draw_config(
+    draw: st.DrawFn, candidates: dict[str, tuple[Any, ...]], fixed: dict[str, Any]
+) -> MoEConfig:
     fields = dict(fixed)
-
-    def pick(name: str, strategy: st.SearchStrategy[Any]) -> Any:
-        if name not in fields:
-            fields[name] = draw(strategy, label=name)
-        return fields[name]
-
-    pick("hidden_size", st.sampled_from([1, 2, 3, 5, 8]))
-    pick("intermediate_size", st.sampled_from([1, 2, 4, 7, 8]))
-    least = fields.get("top_k", 1)
-    num_experts = pick(
-        "num_experts", st.sampled_from([e for e in (1, 2, 3, 4, 8, 11) if e >= least])
-    )
-    pick("top_k", st.integers(1, min(num_experts, 4)) | st.just(num_experts))
-    if fields.get("renormalize") or fields.get("renormalize_drop") == "after":
-        fields.setdefault("router_order", "score_topk")
-    if fields.get("renormalize_drop") == "after":
-        fields.setdefault("renormalize", True)
-    if fields["top_k"] == 1 and fields.get("drop_policy") == "probability":
-        # One weight, normalised before the drop, is 1: there would be nothing to rank by.
-        fields.setdefault("router_order", "score_topk")
-        if fields.get("renormalize_drop") != "after":
-            fields.setdefault("renormalize", False)
-    pick("router_order", st.sampled_from(["score_topk", "topk_score"]))
-    pick("renormalize", st.booleans() if fields["router_order"] == "score_topk" else st.just(False))
-    pick("routed_scaling_factor", st.sampled_from([1.0, 0.5, 2.5]))
-    pick("router_noise_std", st.sampled_from([0.0, 0.5]))
-    pick("router_bias", st.booleans())
-    pick("nan_policy", st.sampled_from(["raise", "clamp", "drop"]))
-    pick("activation", st.sampled_from(["swiglu", "gelu", "relu"]))
-    pick("expert_bias", st.booleans())
-    kind = _capacity_kind(draw, fields)
-    if kind == "factor":
-        pick("capacity_factor", st.sampled_from(_FACTORS))
-        pick("eval_capacity_factor", st.none() | st.sampled_from(_FACTORS))
-        pick("capacity_rounding", st.sampled_from(["ceil", "floor", "round"]))
-        pick("capacity_count_top_k", st.booleans() if fields["top_k"] > 1 else st.just(True))
-        pick("min_capacity", st.sampled_from([0, 0, 1, 3]))
-        pick("capacity_multiple", st.sampled_from([1, 1, 2, 4]))
-    elif kind == "rows":
-        pick("expert_capacity", st.integers(0, 6))
-    if kind != "dropless":
-        after = ["before", "after"] if fields["renormalize"] else ["before"]
-        pick("renormalize_drop", st.sampled_from(after))
-        normalised = fields["router_order"] == "topk_score" or (
-            fields["renormalize"] and fields["renormalize_drop"] == "before"
+    for name, value in fixed.items():
+        if name in _CANDIDATES and value != default_of(name):
+            for needed, needed_value in _NEEDS.get(name, {}).items():
+                fields.setdefault(needed, needed_value)
+    free = draw(st.sampled_from([False, True])) or fields.get("expert_capacity") is not None
+    if not free and any(fixed.get(n, default_of(n)) != default_of(n) for n in _NEED_CAPACITY):
+        fields.setdefault("capacity_factor", draw(st.sampled_from(_FACTORS)))
+    elif any(fixed.get(n, default_of(n)) != default_of(n) for n in _NEED_CAPACITY):
+        fields.setdefault("expert_capacity", draw(st.integers(0, 6)))
+    if "num_experts" not in fields:
+        least = fields.get("top_k", 1)
+        fields["num_experts"] = draw(
+            st.sampled_from([e for e in (1, 2, 3, 4, 8, 11, 12) if e >= least]), label="num_experts"
         )
-        ranked = not normalised or fields["top_k"] > 1
-        pick("drop_policy", st.sampled_from(["position", "probability"][: 1 + ranked]))
+    if "top_k" not in fields:
+        most = fields["num_experts"]
+        fields["top_k"] = draw(st.integers(1, min(most, 4)) | st.just(most), label="top_k")
+    fields.setdefault("hidden_size", draw(st.sampled_from([1, 2, 3, 5, 8])))
+    fields.setdefault("intermediate_size", draw(st.sampled_from([1, 2, 4, 7, 8])))
+    if fields.get("routing") in ("soft", "expert_choice"):
+        fields.setdefault("expert_capacity", draw(st.integers(1, 3)))
+    for name, values in candidates.items():
+        if name in fields:
+            continue
+        value = draw(st.sampled_from(values), label=name)
+        if value == default_of(name):
+            continue
+        trial = fields | {name: value}
+        if value in ("soft", "expert_choice"):
+            trial = trial | {"expert_capacity": draw(st.integers(1, 3))}
+        with contextlib.suppress(RangeError):
+            MoEConfig(**trial)
+            fields = trial
     return MoEConfig(**fields)
-
-
-def _capacity_kind(draw: st.DrawFn, fields: dict[str, Any]) -> str:
-    """Return "dropless", "factor" or "rows", whichever the fixed fields leave open."""
-    if any(fields.get(name) is not None for name in _NEEDS_FACTOR):
-        return "factor"
-    if fields.get("expert_capacity") is not None:
-        return "rows"
-    needs = "drop_policy" in fields or "renormalize_drop" in fields
-    kinds = ["dropless", "factor", "rows"]
-    closed = {
-        "dropless": needs,
-        "factor": "capacity_factor" in fields,
-        "rows": "expert_capacity" in fields,
-    }
-    return draw(st.sampled_from([k for k in kinds if not closed[k]] or ["dropless"]))
 
 
 @st.composite
@@ -138,28 +177,39 @@ def moe_problems(
     cfg = draw(configs)
     num_tokens = fixed.pop("num_tokens", None)
     if num_tokens is None:
-        num_tokens = draw(st.sampled_from([0, 1, 2]) | st.integers(0, max_tokens))
+        num_tokens = draw(st.sampled_from([0, 1, 2, max_tokens]) | st.integers(0, max_tokens))
     allowed = [v for v in values if v != "exact" or is_exact(cfg, num_tokens)]
-    if "exact" in allowed and cfg.activation == "relu" and len(allowed) > 1:
+    if "exact" in allowed and len(allowed) > 1:
         allowed = ["exact", *allowed]
+    replays = ["none"] * 4 + ["full", "holes", "same", "wide"]
+    if cfg.routing in ("dense", "soft"):
+        replays = ["none"]
+    elif cfg.routing == "hash":
+        replays = replays[4:]
+    lengths = [n for n in (1, 2, 3, 4) if num_tokens % n == 0]
     arguments: dict[str, Any] = {
         "seed": st.integers(0, 2**32 - 1),
         "dtype": st.sampled_from(list(dtypes)),
         "values": st.sampled_from(allowed),
         "load": st.sampled_from(["spread", "spread", "one_expert", "tied"]),
-        "replay": st.sampled_from(["none", "none", "full", "holes", "same"]),
+        "replay": st.sampled_from(replays),
         "mask": st.sampled_from(["none", "none", "some", "some", "all_valid", "nothing_valid"]),
         "layout": st.sampled_from(["contiguous", "read_only", "strided", "reversed", "fortran"]),
         "auxiliary": st.booleans(),
+        "num_sequences": st.sampled_from(lengths),
+        "generator": st.just(True)
+        if needs_generator(cfg)
+        else st.sampled_from([True, True, False]),
     }
     drawn = {n: draw(s, label=n) for n, s in arguments.items() if n not in fixed} | fixed
     if drawn["values"] == "integer" and "logit_exponent" not in drawn:
-        # With 10, logits that differ at all differ by so much that probabilities underflow.
-        drawn["logit_exponent"] = draw(st.sampled_from([0, 0, 10]), label="logit_exponent")
+        # With 10, logits that differ at all differ by so much that a softmax underflows.
+        sizes = [0, 0, 10] if cfg.score_fn == "softmax" and not cfg.renormalize else [0]
+        drawn["logit_exponent"] = draw(st.sampled_from(sizes), label="logit_exponent")
     if drawn["values"] == "normal":
         for name, least, most in (
             ("hidden_exponent", -20, 20),
-            ("logit_exponent", -6, 3),
+            ("logit_exponent", -6, _largest_logits(cfg)),
             ("gate_up_exponent", -6, 4),
             ("grad_exponent", -20, 20),
         ):
@@ -168,18 +218,26 @@ def moe_problems(
     return make_problem(cfg, num_tokens=num_tokens, **drawn)
 
 
-def _configs_for(kind: Values) -> st.SearchStrategy[MoEConfig]:
+def _largest_logits(cfg: MoEConfig) -> int:
+    """Return the largest exponent of logits that leaves something to divide by, also squared."""
+    return 3 if not cfg.renormalize else 2 if cfg.renorm_p == 1 else 0
+
+
+@st.composite
+def _configs_for(draw: st.DrawFn, kind: Values) -> MoEConfig:
+    """Draw a config; for exact values one of those that allow them, if its size does."""
     if kind != "exact":
-        return moe_configs()
-    return st.sampled_from([1, 2, 4, 8]).flatmap(
-        lambda e: st.integers(1, min(e, 2)).flatmap(
-            lambda k: st.sampled_from([0.5, 1.0]).flatmap(
-                lambda s: moe_configs(
-                    num_experts=e, top_k=k, activation="relu", routed_scaling_factor=s
-                )
-            )
-        )
-    )
+        return draw(moe_configs())
+    experts = draw(st.sampled_from([1, 2, 4, 8]), label="num_experts")
+    fixed = {"num_experts": experts, "top_k": draw(st.integers(1, min(experts, 2)))}
+    candidates = {n: v for n, v in _CANDIDATES.items() if n not in EXACT_FIELDS} | {
+        "routing": ("token_choice", "token_choice", "token_choice", "dense", "expert_choice"),
+        "num_identity_experts": (0, 0, experts if experts < 8 else 0),
+        "activation": INTEGER_ACTIVATIONS,
+        "shared_activation": (None, *INTEGER_ACTIVATIONS),
+        "routed_scaling_factor": (1.0, 0.5),
+    }
+    return _draw_config(draw, candidates, fixed)
 
 
 @st.composite

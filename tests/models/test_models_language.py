@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from npmoe import nn
+from npmoe.activations import ACTIVATIONS
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError, ShapeError, UnsupportedError
 from npmoe.models import (
@@ -261,7 +262,12 @@ def test_the_dense_variant_has_the_same_active_parameters(
         ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads = 3, got 4"),
         (
             {"activation": "swish"},
-            "activation must be one of 'swiglu', 'gelu', 'relu', got 'swish'",
+            f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got 'swish'",
+        ),
+        (
+            {"moe": replace(MOE, routing="expert_choice", expert_capacity=1)},
+            "moe.routing must be 'token_choice' or 'dense', got 'expert_choice'. A language model "
+            "must not see later tokens, and has no table of ids.",
         ),
         ({"moe_every": 2}, "moe_every must stay 1 without moe, got 2"),
         ({"moe": MOE, "moe_every": 4}, "moe_every must be at most num_layers = 3, got 4"),

@@ -12,21 +12,8 @@ import pytest
 import npmoe.naive
 from npmoe.config import MoEConfig
 from npmoe.naive import moe_backward, moe_forward
-from npmoe.naive.activations import PLAIN, activate, activate_backward, relu, relu_slope
+from npmoe.naive.activations import relu, relu_slope
 from npmoe.params import MoEParams
-
-
-def draw_params(cfg: MoEConfig, seed: int) -> MoEParams:
-    rng = np.random.default_rng(seed)
-    E, H, I, wide = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size, cfg.gate_up_size
-    return MoEParams(
-        router_weight=rng.standard_normal((E, H)),
-        gate_up_proj=rng.standard_normal((E, wide, H)),
-        down_proj=rng.standard_normal((E, H, I)),
-        router_bias=rng.standard_normal(E) if cfg.router_bias else None,
-        gate_up_bias=rng.standard_normal((E, wide)) if cfg.expert_bias else None,
-        down_bias=rng.standard_normal((E, H)) if cfg.expert_bias else None,
-    )
 
 
 def small(**fields: object) -> MoEConfig:
@@ -76,9 +63,9 @@ def test_two_tokens_by_hand() -> None:
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu", "relu"])
-def test_all_experts_equal_is_one_dense_expert(activation: str) -> None:
+def test_all_experts_equal_is_one_dense_expert(draw, activation: str) -> None:
     cfg = small(activation=activation, renormalize=True, expert_bias=True)
-    drawn = draw_params(cfg, 0)
+    drawn = draw.params(cfg, 0)
     first = {n: np.repeat(getattr(drawn, n)[:1], 3, axis=0) for n in ("gate_up_proj", "down_proj")}
     first |= {n: np.repeat(getattr(drawn, n)[:1], 3, axis=0) for n in ("gate_up_bias", "down_bias")}
     params = dataclasses.replace(drawn, **first)
@@ -94,69 +81,12 @@ def test_all_experts_equal_is_one_dense_expert(activation: str) -> None:
     np.testing.assert_allclose(moe_forward(x, params, cfg).output, dense, atol=1e-14)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"activation": "gelu", "expert_bias": True, "router_bias": True},
-        {"activation": "relu", "expert_bias": True, "router_order": "topk_score"},
-        {"renormalize": True, "router_bias": True},
-        {"renormalize": True, "expert_capacity": 2, "expert_bias": True},
-        {"renormalize": True, "expert_capacity": 2, "renormalize_drop": "after"},
-        {"renormalize": True, "expert_capacity": 2, "routed_scaling_factor": 2.5},
-        {
-            "renormalize": True,
-            "expert_capacity": 2,
-            "renormalize_drop": "after",
-            "routed_scaling_factor": 2.5,
-        },
-        {"router_order": "topk_score", "routed_scaling_factor": 0.3},
-        {"expert_capacity": 2, "drop_policy": "probability", "router_order": "topk_score"},
-        {"capacity_factor": "0.8", "drop_policy": "probability", "activation": "gelu"},
-        {"num_experts": 1, "top_k": 1},
-        {"top_k": 3, "hidden_size": 2, "intermediate_size": 3},
-    ],
-    ids=str,
-)
-def test_gradients(fields: dict, assert_gradient) -> None:
-    cfg = small(**fields)
-    params = draw_params(cfg, 7)
-    rng = np.random.default_rng(8)
-    x, grad_output = rng.standard_normal((2, 4, cfg.hidden_size))
-    grad_logits = rng.standard_normal((4, cfg.num_experts))
-    mask = np.array([True, True, False, True])
-    chosen = moe_forward(x, params, cfg, token_mask=mask)
-    if cfg.has_capacity:
-        assert not chosen.kept[mask].all()
-    grads = moe_backward(
-        grad_output, x, params, cfg, token_mask=mask, grad_router_logits=grad_logits
-    )
-
-    def value(x: np.ndarray, params: MoEParams) -> float:
-        forward = moe_forward(x, params, cfg, token_mask=mask)
-        # Choice and drop are constants of the gradient: the test point must not lie on a border.
-        assert (forward.topk_ids == chosen.topk_ids).all()
-        assert (forward.kept == chosen.kept).all()
-        return float((forward.output * grad_output).sum() + (forward.logits * grad_logits).sum())
-
-    assert_gradient(lambda v: value(v, params), x, grads.hidden_states)
-    for field in dataclasses.fields(params):
-        array, found = getattr(params, field.name), getattr(grads, field.name)
-        assert (found is None) == (array is None)
-        if array is not None:
-            assert_gradient(
-                lambda v, n=field.name: value(x, dataclasses.replace(params, **{n: v})),
-                array,
-                found,
-            )
-
-
-def test_relu_kink_takes_the_left_derivative() -> None:
+def test_relu_kink_takes_the_left_derivative(draw) -> None:
     for h in (1.0, 2.0**-30):
         assert (relu(0.0) - relu(-h)) / h == relu_slope(0.0) == 0.0
         assert (relu(h) - relu(0.0)) / h == relu_slope(h) == 1.0
     cfg = small(activation="relu", num_experts=1, top_k=1)
-    params = draw_params(cfg, 2)
+    params = draw.params(cfg, 2)
     # The one token is orthogonal to both rows of the first projection: every unit is at its kink.
     params = dataclasses.replace(
         params, gate_up_proj=np.array([[[1.0, 1.0, 0.0], [0.0, 1.0, -1.0]]])
@@ -167,28 +97,9 @@ def test_relu_kink_takes_the_left_derivative() -> None:
     assert not grads.hidden_states.any()
 
 
-@pytest.mark.parametrize("name", ["swiglu", *PLAIN])
-def test_activation_slopes(name: str, assert_gradient) -> None:
-    points = np.array([-30.0, -5.0, -1.3, -0.2, 0.1, 0.9, 4.0, 30.0])
-    grad = np.linspace(-1.0, 1.0, len(points) // (2 if name == "swiglu" else 1))
-    found = activate_backward(grad, points, name)
-    assert_gradient(lambda z: float(activate(z, name) @ grad), points, found)
-
-
-@pytest.mark.parametrize("name", ["swiglu", *PLAIN])
-def test_activations_of_huge_values(name: str) -> None:
-    row = np.array([-1e4, -88.8, 88.8, 1e4])
-    if name == "swiglu":
-        row = np.concatenate([row, np.ones(4)])
-    act = activate(row, name)
-    # silu(-88.8) is 88.8 e^-88.8 = 2.4e-37; the others are exact.
-    np.testing.assert_allclose(act, [0.0, 0.0, 88.8, 1e4], atol=3e-37, rtol=0)
-    assert np.isfinite(activate_backward(np.ones(4), row, name)).all()
-
-
-def test_masked_rows_are_absent() -> None:
+def test_masked_rows_are_absent(draw) -> None:
     cfg = small(capacity_factor="0.5", expert_bias=True, router_bias=True)
-    params = draw_params(cfg, 3)
+    params = draw.params(cfg, 3)
     rng = np.random.default_rng(4)
     x, grad_output = rng.standard_normal((2, 4, 3))
     mask = np.array([False, True, True, False, True, True])
@@ -197,7 +108,9 @@ def test_masked_rows_are_absent() -> None:
     short, long = moe_forward(x, params, cfg), moe_forward(padded, params, cfg, token_mask=mask)
     assert not short.kept.all()
     for field in dataclasses.fields(short):
-        assert (getattr(long, field.name)[mask] == getattr(short, field.name)).all()
+        one, other = getattr(short, field.name), getattr(long, field.name)
+        assert (one is None) == (other is None)
+        assert one is None or (other[mask] == one).all()
     assert not long.output[~mask].any()
     assert (long.topk_ids[~mask] == -1).all()
     grads = moe_backward(grad_output, x, params, cfg)
@@ -209,12 +122,14 @@ def test_masked_rows_are_absent() -> None:
     assert not padded_grads.hidden_states[~mask].any()
     for field in dataclasses.fields(grads):
         one, other = getattr(grads, field.name), getattr(padded_grads, field.name)
-        assert (one == (other[mask] if field.name == "hidden_states" else other)).all()
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one == (other[mask] if field.name == "hidden_states" else other)).all()
 
 
-def test_non_finite_tokens_can_be_dropped() -> None:
+def test_non_finite_tokens_can_be_dropped(draw) -> None:
     cfg = small(capacity_factor="1", nan_policy="drop")
-    params = draw_params(cfg, 3)
+    params = draw.params(cfg, 3)
     x = np.random.default_rng(5).standard_normal((5, 3))
     broken = x.copy()
     broken[2, 1] = np.nan
@@ -234,9 +149,9 @@ def test_non_finite_tokens_can_be_dropped() -> None:
     assert (grads.router_weight == expected.router_weight).all()
 
 
-def test_dropped_tokens_contribute_nothing() -> None:
+def test_dropped_tokens_contribute_nothing(draw) -> None:
     cfg = small(expert_capacity=0)
-    params = draw_params(cfg, 6)
+    params = draw.params(cfg, 6)
     x = np.random.default_rng(7).standard_normal((4, 3))
     assert not moe_forward(x, params, cfg).output.any()
     grads = moe_backward(np.ones((4, 3)), x, params, cfg)
@@ -245,9 +160,9 @@ def test_dropped_tokens_contribute_nothing() -> None:
         assert array is None or not array.any()
 
 
-def test_empty_experts_have_zero_gradients() -> None:
+def test_empty_experts_have_zero_gradients(draw) -> None:
     cfg = small(expert_bias=True)
-    params = draw_params(cfg, 6)
+    params = draw.params(cfg, 6)
     x = np.random.default_rng(7).standard_normal((4, 3))
     replay = np.tile([2, 0], (4, 1))
     assert (moe_forward(x, params, cfg, topk_ids=replay).topk_ids == replay).all()
@@ -260,9 +175,9 @@ def test_empty_experts_have_zero_gradients() -> None:
     assert grads.router_weight[1].any()
 
 
-def test_no_tokens() -> None:
+def test_no_tokens(draw) -> None:
     cfg = small(router_bias=True, capacity_factor="1")
-    params = draw_params(cfg, 1)
+    params = draw.params(cfg, 1)
     assert moe_forward(np.zeros((0, 3)), params, cfg).output.shape == (0, 3)
     grads = moe_backward(np.zeros((0, 3)), np.zeros((0, 3)), params, cfg)
     assert not grads.gate_up_proj.any()
@@ -271,7 +186,7 @@ def test_no_tokens() -> None:
 
 def test_files_stay_short_and_independent() -> None:
     files = sorted(Path(npmoe.naive.__file__).parent.glob("*.py"))
-    assert len(files) == 6
+    assert len(files) > 10
     allowed = ("npmoe._typing", "npmoe.config", "npmoe.errors", "npmoe.naive")
     for path in files:
         lines = path.read_text().splitlines()
