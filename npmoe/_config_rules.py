@@ -242,7 +242,7 @@ def _check_contradictions(cfg: MoEConfig) -> None:
     elementwise = cfg.score_fn == "sqrtsoftplus" or (
         cfg.routing == "hash" and cfg.score_fn == "sigmoid"
     )
-    if cfg.router_order == "topk_score" and elementwise:
+    if cfg.router_order == "topk_score" and elementwise and cfg.num_groups == 1:
         raise RangeError(
             f"MoEConfig: router_order must stay 'score_topk' with score_fn={cfg.score_fn!r} and "
             f"routing={cfg.routing!r}, got 'topk_score'. The same experts get the same scores."

@@ -90,8 +90,23 @@ BASES: dict[str, dict[str, Any]] = {
     "dense": {"routing": "dense"},
     "hash": {"routing": "hash", "capacity_factor": "1.1"},
 }
-TOKENS = 30
+TOKENS = 20
 SMALL = {"hidden_size": 4, "intermediate_size": 3}
+
+
+def capacity_fields(cfg: MoEConfig, factor: Any) -> dict[str, Any]:
+    """Return the fields that a capacity depends on."""
+    names = ("num_experts", "top_k", "capacity_rounding", "min_capacity", "capacity_multiple")
+    fields = {name: getattr(cfg, name) for name in names}
+    if cfg.top_k > 1:
+        fields["capacity_count_top_k"] = cfg.capacity_count_top_k
+    return fields | {"capacity_factor": factor}
+
+
+@cache
+def capacities_of(cfg: MoEConfig) -> tuple[int | None, ...]:
+    tokens = (*range(1, 200, 7), *range(40, 3201, 40))
+    return tuple(npmoe.expert_capacity(t, cfg) for t in tokens)
 
 
 @cache
@@ -108,11 +123,9 @@ def function_of(cfg: MoEConfig) -> tuple[Any, ...]:
     results: list[Any] = []
     for used in (cfg, cfg.for_evaluation()):
         if used.capacity_factor is not None:
-            tokens = (*range(1, 200, 7), *range(40, 3201, 40))
             # Float roundings differ from the exact ones for some factors only.
             for factor in (used.capacity_factor, "1.1", "1.2"):
-                one = dataclasses.replace(used, capacity_factor=factor)
-                results += [npmoe.expert_capacity(t, one) for t in tokens]
+                results.append(capacities_of(MoEConfig(**capacity_fields(used, factor))))
     for kind in ("plain", "broken", "far"):
         x = np.random.default_rng(5).standard_normal((2, TOKENS, cfg.hidden_size))
         far = params

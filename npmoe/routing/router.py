@@ -92,7 +92,6 @@ def route(
     probs = score(logits, cfg.score_fn)
     if valid is not None:
         probs = xp.where(valid[:, None], probs, xp.zeros_like(probs))
-        # Like its probabilities, the logits of a clamped row are all equal, and weigh nothing.
     keep = valid if cfg.nan_policy != "clamp" else token_mask
     if topk_ids is not None:
         ids = topk_ids
@@ -110,6 +109,9 @@ def route(
         ids = choose_tokens(probs, usable, capacities)
     else:
         ids = _choose(logits, probs, cfg, selection_bias, rng)
+        if valid is not None and cfg.nan_policy == "clamp":
+            # Nothing about a broken row chooses, not even a bias: vLLM's ids 0..K-1.
+            ids = xp.where(valid[:, None], ids, xp.arange(cfg.top_k))
     ids = ids.astype(xp.int32)
     if keep is not None:
         ids = xp.where(keep[:, None], ids, -1)

@@ -14,7 +14,9 @@ def softcap(x: Array, limit: float) -> Array:
 
 def softcap_backward(grad: Array, capped: Array, limit: float) -> Array:
     """Return the gradient of x, from the capped values: ``grad * (1 - (capped / limit)**2)``."""
-    ratio = capped / limit
+    xp = array_namespace(capped)
+    # A broken row has no gradient, and no slope that could be multiplied by 0.
+    ratio = xp.where(xp.isfinite(capped), capped, limit) / limit
     # (1 - r)(1 + r) keeps the small slopes near the cap.
     return grad * ((1.0 - ratio) * (1.0 + ratio))
 
@@ -26,22 +28,35 @@ def score(logits: Array, score_fn: str) -> Array:
         return softmax_rows(logits)
     if score_fn == "sigmoid":
         return sigmoid(logits)
-    y = xp.exp(-xp.abs(logits))
-    y = xp.log1p(y)
-    y += xp.maximum(logits, 0.0)
-    return xp.sqrt(y)
+    small, ratio = _softplus_parts(logits)
+    above = xp.maximum(logits, 0.0)
+    y = xp.sqrt(above + small * ratio)
+    return xp.where(logits < 0, xp.exp(xp.minimum(logits, 0.0) * 0.5) * xp.sqrt(ratio), y)
 
 
 def score_slope(logits: Array, scores: Array, score_fn: str) -> Array:
     """Return the elementwise slope of sigmoid or sqrt(softplus), given their values.
 
-    ``s (1 - s)``, and ``sigmoid(x) / (2 s)``, which tends to s/2 = 0 for x to -inf.
+    ``s (1 - s)``, and ``sigmoid(x) / (2 s)``, which tends to s/2 for x to -inf.
     """
     xp = array_namespace(logits)
     if score_fn == "sigmoid":
         return scores * sigmoid(-logits)
+    small, ratio = _softplus_parts(logits)
+    left = scores / (2.0 * ratio * (1.0 + small))
     safe = xp.where(scores > 0, scores, 1.0)
-    return xp.where(scores > 0, sigmoid(logits) / (safe * 2.0), 0.0)
+    return xp.where(logits < 0, left, sigmoid(logits) / (safe * 2.0))
+
+
+def _softplus_parts(logits: Array) -> tuple[Array, Array]:
+    """Return e = exp(-abs(x)) and log1p(e) / e, so that sqrt(softplus) keeps its small values.
+
+    For negative x, sqrt(log1p(exp(x))) = exp(x/2) sqrt(ratio) long after exp(x) is 0.
+    """
+    xp = array_namespace(logits)
+    small = xp.exp(-xp.abs(logits))
+    safe = xp.where(small > 0, small, 1.0)
+    return small, xp.where(small > 0, xp.log1p(safe) / safe, 1.0)
 
 
 def softmax_rows(x: Array) -> Array:

@@ -70,7 +70,10 @@ def _divisor(weights: Array, cfg: MoEConfig) -> tuple[Array, Array]:
     if cfg.renorm_p == 1:
         norm = weights.sum(axis=1, keepdims=True)
     else:
-        norm = xp.sqrt((weights * weights).sum(axis=1, keepdims=True))
+        # Relative to the largest, so that squares of small weights do not underflow.
+        top = weights.max(axis=1, keepdims=True)
+        ratio = weights / xp.where(top > 0, top, xp.ones_like(top))
+        norm = top * xp.sqrt((ratio * ratio).sum(axis=1, keepdims=True))
     if not cfg.renorm_eps:
         return norm, norm
     eps = cfg.renorm_eps

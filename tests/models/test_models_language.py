@@ -265,7 +265,7 @@ def test_the_dense_variant_has_the_same_active_parameters(
             f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got 'swish'",
         ),
         (
-            {"moe": replace(MOE, routing="expert_choice", expert_capacity=1)},
+            {"moe": dataclasses.replace(MOE, routing="expert_choice", expert_capacity=1)},
             "moe.routing must be 'token_choice' or 'dense', got 'expert_choice'. A language model "
             "must not see later tokens, and has no table of ids.",
         ),

@@ -204,3 +204,40 @@ def test_identity_experts_are_never_dropped() -> None:
     got = renormalize_kept(routing, plan, cfg)
     np.testing.assert_allclose(got, [[2 / 3, 1 / 3], [0.0, 1.0]], rtol=4 * U)
     assert plan.row_ids.tolist() == [[0, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_small_scores_do_not_vanish(dtype: type) -> None:
+    x = np.array([[-60.0, -80.0, -90.0, -150.0]], dtype)
+    got = score(x, "sqrtsoftplus")
+    assert got.dtype == dtype
+    unit = float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(got, np.exp(x.astype(float) / 2), rtol=60 * unit)
+    np.testing.assert_allclose(score_slope(x, got, "sqrtsoftplus"), got / 2, rtol=4 * unit)
+    tiny = np.array([[3e-30, 4e-30]], dtype)
+    cfg = config(renormalize=True, renorm_p=2)
+    np.testing.assert_allclose(normalize_weights(tiny, cfg), [[0.6, 0.8]], rtol=4 * unit)
+
+
+def test_a_clamped_row_takes_the_first_experts_whatever_the_bias() -> None:
+    logits = np.array([[0.0, 1.0, 2.0, 3.0], [np.nan, 1.0, 2.0, 3.0]])
+    for fields in (
+        {"selection_bias": True},
+        {"second_expert_policy": "sampling"},
+        {"selection_bias": True, "num_groups": 2},
+    ):
+        cfg = config(nan_policy="clamp", **fields)
+        bias = np.array([0.0, 0.0, 9.0, 9.0]) if cfg.selection_bias else None
+        routing = route(logits, cfg, selection_bias=bias, rng=np.random.default_rng(0))
+        assert routing.topk_ids[1].tolist() == [0, 1]
+        assert not routing.topk_weights[1].any()
+    assert softcap_backward(np.zeros(2), np.array([np.nan, 1.0]), 3.0).tolist() == [0.0, 0.0]
+
+
+def test_replayed_ids_bring_their_own_width() -> None:
+    cfg = config(top_k=1, score_fn="sigmoid", renormalize=True, renorm_single=False)
+    logits = np.array([[0.3, 0.1, -1.0, 0.0]])
+    two = route(logits, cfg, topk_ids=np.array([[1, 2]]))
+    np.testing.assert_allclose(two.topk_weights.sum(), 1.0, rtol=4 * U)
+    one = route(logits, cfg, topk_ids=np.array([[1]]))
+    assert one.topk_weights[0, 0] == one.probs[0, 1]
