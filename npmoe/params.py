@@ -190,6 +190,16 @@ def param_axes(cfg: MoEConfig) -> dict[str, tuple[str, ...]]:
     return axes
 
 
+def num_active_parameters(cfg: MoEConfig) -> int:
+    """Return how many parameters one token meets: the router, K experts, the shared expert."""
+    H, S = cfg.hidden_size, cfg.shared_intermediate_size
+    experts = cfg.num_experts if cfg.routing == "dense" else cfg.top_k
+    one = cfg.gate_up_size * H + H * cfg.intermediate_size
+    one += cfg.expert_bias * (cfg.gate_up_size + H)
+    shared = cfg.shared_gate_up_size * H + H * S + cfg.shared_gated * H
+    return cfg.router_size * (H + cfg.router_bias) + experts * one + shared + cfg.output_bias * H
+
+
 def check_params(
     function: str, params: MoEParams, cfg: MoEConfig, dtype: Any, source: str, label: str = "params"
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from npmoe.activations import ACTIVATIONS
 from npmoe.config import MoEConfig
-from npmoe.errors import RangeError
+from npmoe.errors import RangeError, UnsupportedError
+from npmoe.params import num_active_parameters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,17 +138,25 @@ class LanguageConfig:
     def dense_variant(self) -> LanguageConfig:
         """Return the same model with dense blocks of the same active parameters per token.
 
-        The dense sublayer is K times as wide as one expert, and a few columns more for the router
-        and for biases, rounded up: it is never the smaller of the two.
+        The dense sublayer is K times as wide as one expert, and wider for the shared expert, the
+        router and biases, rounded up: it is never the smaller of the two.
+
+        Raises
+        ------
+        UnsupportedError
+            If the experts' activation has parameters of its own.
         """
         if self.moe is None:
             return self
         moe = self.moe
-        matrices = 3 if moe.gated else 2
-        column = matrices * moe.hidden_size
-        active = moe.num_experts * (moe.hidden_size + moe.router_bias) + moe.top_k * (
-            moe.intermediate_size * column + moe.expert_bias * (moe.gate_up_size + moe.hidden_size)
-        )
+        if moe.activation_call()[1:] != (None, None):
+            raise UnsupportedError(
+                "dense_variant: moe.activation_alpha and moe.activation_limit must be None, got "
+                f"{moe.activation_alpha} and {moe.activation_limit}. The dense sublayer has the "
+                "published values."
+            )
+        column = (3 if moe.gated else 2) * moe.hidden_size
+        active = num_active_parameters(moe)
         return dataclasses.replace(
             self,
             moe=None,

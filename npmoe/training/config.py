@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from npmoe.errors import CheckpointError, NpmoeError, RangeError
+from npmoe.errors import CheckpointError, NpmoeError, RangeError, UnsupportedError
 from npmoe.models.config import LanguageConfig
 from npmoe.training.optimizer import AdamWConfig
 from npmoe.training.schedules import ScheduleConfig
@@ -76,6 +76,11 @@ class TrainConfig:
             raise RangeError(
                 "TrainConfig: schedule.router_noise_std must stay 0 without model.moe, got "
                 f"{self.schedule.router_noise_std}. A dense model has no router."
+            )
+        if self.model.moe is not None and self.model.moe.selection_bias:
+            raise UnsupportedError(
+                "TrainConfig: model.moe.selection_bias must be False, got True. Nothing would "
+                "update it: the trainer balances by its auxiliary loss."
             )
         if self.batch_size % self.micro_batches:
             raise RangeError(

@@ -204,15 +204,26 @@ def test_every_nth_block_has_the_experts():
     assert cfg.num_moe_layers == 2
 
 
+def test_a_dense_variant_has_no_limit_of_its_own() -> None:
+    moe = dataclasses.replace(MOE, activation="swiglu_clamp_pre", activation_limit=3.0)
+    with pytest.raises(UnsupportedError) as caught:
+        LanguageConfig(**SIZES, moe=moe).dense_variant()
+    assert str(caught.value) == (
+        "dense_variant: moe.activation_alpha and moe.activation_limit must be None, got None and "
+        "3.0. The dense sublayer has the published values."
+    )
+
+
+@pytest.mark.parametrize("shared", [0, 5])
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 8, 64])
 @pytest.mark.parametrize(
     ("activation", "expert_bias", "router_bias"),
     [("swiglu", False, False), ("gelu", False, True), ("relu", True, True), ("swiglu", True, True)],
 )
 def test_the_dense_variant_has_the_same_active_parameters(
-    num_experts, activation, expert_bias, router_bias
+    num_experts, activation, expert_bias, router_bias, shared
 ):
-    """Counted in the real arrays: K experts and the router; at most one column set more."""
+    """Counted in the real arrays: K experts, the shared one, the router; at most a column more."""
     moe = MoEConfig(
         hidden_size=16,
         intermediate_size=8,
@@ -221,6 +232,9 @@ def test_the_dense_variant_has_the_same_active_parameters(
         activation=activation,
         expert_bias=expert_bias,
         router_bias=router_bias,
+        shared_intermediate_size=shared,
+        shared_gated=shared > 0,
+        output_bias=shared > 0,
     )
     cfg = LanguageConfig(**SIZES, moe=moe)
     dense = cfg.dense_variant()
@@ -230,7 +244,8 @@ def test_the_dense_variant_has_the_same_active_parameters(
     dense_block = init_language_params(dense).blocks[0].feed_forward
     active = 0
     for name, array in named_arrays(sparse_block):
-        active += array.size if name.startswith("router") else moe.top_k * array[0].size
+        every_token = name.startswith(("router", "shared", "output"))
+        active += array.size if every_token else moe.top_k * array[0].size
     full = num_elements(dense_block)
     matrices = 3 if activation == "swiglu" else 2
     column = matrices * cfg.hidden_size

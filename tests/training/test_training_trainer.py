@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npmoe.config import MoEConfig
-from npmoe.errors import CheckpointError, RangeError
+from npmoe.errors import CheckpointError, RangeError, UnsupportedError
 from npmoe.models import LanguageConfig, init_language_params, language_forward
 from npmoe.stats import max_violation
 from npmoe.testing.bounds import assert_within, gamma
@@ -335,6 +335,37 @@ def test_a_perfectly_balanced_load_counts_as_zero():
 def test_a_wrong_config_says_what_is_wrong(change, words):
     with pytest.raises(RangeError, match=f"^TrainConfig: {words}"):
         make_config(**change)
+
+
+def test_a_selection_bias_would_never_move():
+    config = make_config()
+    moe = dataclasses.replace(config.model.moe, selection_bias=True)
+    with pytest.raises(UnsupportedError) as caught:
+        dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    assert str(caught.value) == (
+        "TrainConfig: model.moe.selection_bias must be False, got True. Nothing would update it: "
+        "the trainer balances by its auxiliary loss."
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"score_fn": "sigmoid", "shared_intermediate_size": 8, "shared_gated": True},
+        {"router_jitter": 0.1, "expert_dropout": 0.1, "logit_softcap": 5.0, "output_bias": True},
+        {"second_expert_policy": "sampling", "num_identity_experts": 1},
+        {"weight_position": "input", "activation": "reglu", "drop_policy": "random"}
+        | {"expert_capacity": 6},
+        {"routing": "dense"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_kind_of_layer_trains(options):
+    config = make_config(plain=True)
+    moe = MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, **options)
+    model = dataclasses.replace(config.model, moe=moe, load_balancing_coefficient=0.01)
+    _, reports = made(dataclasses.replace(config, model=model), 12)
+    assert reports[-1].cross_entropy < reports[0].cross_entropy
 
 
 def test_a_dense_model_takes_no_noise():
