@@ -166,6 +166,54 @@ def plan_dispatch(
     )
 
 
+def capacity_slots(plan: DispatchPlan, *, stretches: int = 1) -> Array:
+    """Return the padded buffers of a plan with a capacity: which route sits in which slot.
+
+    Parameters
+    ----------
+    plan : DispatchPlan
+        One made with a capacity.
+    stretches : int
+        S, the number of capacities that it was made with: sequences, for capacity_scope
+        "sequence".
+
+    Returns
+    -------
+    (S, E, C) int32 array
+        Routes, and T*K in empty slots; C is the largest number of slots in use. Empty slots are
+        padding only: they enter neither counts nor losses.
+
+    Raises
+    ------
+    PlanError
+        If the plan is dropless, or was made with other stretches.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> ids = np.array([[2, 0], [2, 1], [0, 2]], np.int32)
+    >>> capacity_slots(plan_dispatch(ids, num_experts=3, capacity=2)).tolist()
+    [[[1, 4], [3, 6], [0, 2]]]
+    """
+    if plan.slot_ids is None:
+        raise PlanError("capacity_slots: plan must have a capacity, got a dropless one.")
+    xp = array_namespace(plan.slot_ids)
+    routes = plan.pair_ids[: plan.num_rows]
+    slots = plan.slot_ids.reshape(-1)[routes]
+    size = int(slots.max()) + 1 if plan.num_rows else 0
+    experts = xp.repeat(xp.arange(plan.num_experts), plan.tokens_per_expert)
+    stretch = plan.token_ids[: plan.num_rows] * stretches // max(1, plan.num_tokens)
+    num_routes = plan.num_tokens * plan.top_k
+    table = xp.full((stretches, plan.num_experts, size), num_routes, dtype=xp.int32)
+    table[stretch, experts, slots] = routes
+    if int((table < num_routes).sum()) != plan.num_rows:
+        raise PlanError(
+            f"capacity_slots: stretches must be those of the plan, got {stretches}. Two routes "
+            "share a slot."
+        )
+    return table
+
+
 def _check_ids(flat: Array, size: int) -> None:
     num_routes = flat.shape[0]
     if num_routes >= 2**31:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from npmoe import PlanError, RangeError
 from npmoe._config_rules import LITERALS
-from npmoe.dispatch import DispatchPlan, plan_dispatch
+from npmoe.dispatch import DispatchPlan, capacity_slots, plan_dispatch
 from npmoe.testing.strategies import topk_ids_arrays
 
 # Expert 0 is wanted by every token: first choice of 0 and 3, second of 1 and 2.
@@ -141,3 +141,25 @@ def test_every_plan_is_canonical_and_full(
             assert sorted(slots) == list(range(min(capacity, int(here.sum()))))
             if order == "token" or policy == "position":
                 assert sorted(slots) == list(slots)
+    table = capacity_slots(got, stretches=stretches)
+    used = np.argwhere(table < ids.size)
+    assert sorted(table[table < ids.size]) == sorted(got.pair_ids)
+    for b, e, slot in used:
+        token, k = divmod(int(table[b, e, slot]), ids.shape[1])
+        assert (ids[token, k], got.slot_ids[token, k]) == (e, slot)
+        assert token // length == b
+
+
+def test_slots_of_what_has_none() -> None:
+    with pytest.raises(PlanError) as caught:
+        capacity_slots(plan_dispatch(IDS, num_experts=3))
+    assert str(caught.value) == ("capacity_slots: plan must have a capacity, got a dropless one.")
+    both = plan_dispatch(np.zeros((4, 1), np.int32), num_experts=1, capacity=[1, 1])
+    assert capacity_slots(both, stretches=2).tolist() == [[[0]], [[2]]]
+    with pytest.raises(PlanError) as caught:
+        capacity_slots(both)
+    assert str(caught.value) == (
+        "capacity_slots: stretches must be those of the plan, got 1. Two routes share a slot."
+    )
+    empty = plan_dispatch(IDS, num_experts=3, capacity=0)
+    assert capacity_slots(empty).shape == (1, 3, 0)
