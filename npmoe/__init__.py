@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ShapeError,
         UnsupportedError,
     )
+    from npmoe.explanation import Explanation, explain
     from npmoe.finite_differences import GradcheckReport, gradcheck
     from npmoe.layer import MoELayer, moe_backward, moe_forward
     from npmoe.model_presets import preset, presets
@@ -52,6 +53,7 @@ __all__ = [
     "DTypeError",
     "DataError",
     "DispatchPlan",
+    "Explanation",
     "GradcheckReport",
     "GradientError",
     "LoadCounter",
@@ -70,6 +72,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "expert_capacity",
+    "explain",
     "get_backend",
     "gradcheck",
     "init_params",
@@ -94,6 +97,7 @@ _HOMES = {
         *("GradientError", "NpmoeError", "PlanError", "RangeError", "ShapeError"),
         "UnsupportedError",
     ),
+    "explanation": ("Explanation", "explain"),
     "finite_differences": ("GradcheckReport", "gradcheck"),
     "layer": ("MoELayer", "moe_backward", "moe_forward"),
     "params": ("MoEGrads", "MoEParams", "init_params"),

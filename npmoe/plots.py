@@ -1,17 +1,19 @@
-"""Pictures of a run, drawn from its log and its evaluation (extra ``cli``)."""
+"""Pictures of a run and of a routing (extra ``cli``)."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from npmoe._figures import new_figure as _figure
+from npmoe._figures import save_figure as _save
 from npmoe._typing import HostArray
-from npmoe.errors import BackendUnavailableError
+from npmoe.routing_plots import plot_drops, plot_load, plot_routing
 from npmoe.training.data import CHARACTER_CLASSES, character_class
-from npmoe.training.files import write_bytes_atomic
+
+__all__ = ["plot_curves", "plot_drops", "plot_experts", "plot_load", "plot_routing"]
 
 
 def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
@@ -117,23 +119,3 @@ def plot_experts(
         classes.set_yticks(range(len(present)), [CHARACTER_CLASSES[c] for c in present])
         figure.colorbar(image, ax=classes)
     _save(figure, path)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """Return a figure and its axes (rows, columns), without any display."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise BackendUnavailableError(
-            "plots: package matplotlib must be installed, got none. Run: pip install 'npmoe[cli]'"
-        ) from error
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110, format="png")
-    write_bytes_atomic(path, picture.getvalue(), function="plots", noun="picture")

@@ -1,4 +1,4 @@
-"""The command ``npmoe``: train, generate, gradcheck, info."""
+"""The command ``npmoe``: train, generate, explain, conventions, gradcheck, info."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import sys
 from collections.abc import Sequence
 
 from npmoe import __version__
-from npmoe.cli import generate, gradcheck, info, train
+from npmoe.cli import conventions, explain, generate, gradcheck, info, train
 from npmoe.errors import NpmoeError
 
-_COMMANDS = {"train": train, "generate": generate, "gradcheck": gradcheck, "info": info}
+_COMMANDS = {
+    "train": train,
+    "generate": generate,
+    "explain": explain,
+    "conventions": conventions,
+    "gradcheck": gradcheck,
+    "info": info,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

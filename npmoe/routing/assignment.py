@@ -90,7 +90,7 @@ def quantile_balance(
     Returns
     -------
     topk_ids : (T, K) int32 array
-        Chosen with the new thresholds.
+        Chosen with the new thresholds: upstream's choice of the step after.
     thresholds : (N,) float array
 
     Raises
@@ -100,7 +100,7 @@ def quantile_balance(
 
     References
     ----------
-    Megatron ``moe_utils.quantile_balancing``.
+    Megatron ``moe_utils.qb_dual_update``.
     """
     num_tokens, size = probs.shape
     if not 1 <= top_k < size:

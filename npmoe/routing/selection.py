@@ -91,12 +91,7 @@ def limit_groups(key: Array, cfg: MoEConfig) -> Array:
     xp = array_namespace(key)
     num_tokens, size = key.shape
     members = key.reshape(num_tokens, cfg.num_groups, size // cfg.num_groups)
-    if cfg.group_score == "max":
-        group_key = members.max(axis=2)
-    else:
-        count = 2 if cfg.group_score == "top2_sum" else cfg.top_k // cfg.topk_group
-        best = xp.sort(members, axis=2)[:, :, -min(count, members.shape[2]) :]
-        group_key = best[:, :, ::-1].sum(axis=2)
+    group_key = group_scores(key, cfg)
     kept = xp.zeros((num_tokens, cfg.num_groups), dtype=bool)
     rows = xp.arange(num_tokens)
     best_groups = stable_topk(group_key, cfg.topk_group)
@@ -104,6 +99,18 @@ def limit_groups(key: Array, cfg: MoEConfig) -> Array:
         kept[rows, best_groups[:, g]] = True
     fill = -xp.inf if cfg.group_fill == "-inf" else 0.0
     return xp.where(kept[:, :, None], members, fill).reshape(num_tokens, size)
+
+
+def group_scores(key: Array, cfg: MoEConfig) -> Array:
+    """Return the score of every group (T, G): its best key, or the sum of its best ones."""
+    xp = array_namespace(key)
+    num_tokens, size = key.shape
+    members = key.reshape(num_tokens, cfg.num_groups, size // cfg.num_groups)
+    if cfg.group_score == "max":
+        return members.max(axis=2)
+    count = 2 if cfg.group_score == "top2_sum" else cfg.top_k // cfg.topk_group
+    best = xp.sort(members, axis=2)[:, :, -min(count, members.shape[2]) :]
+    return best[:, :, ::-1].sum(axis=2)
 
 
 def sample_second(logits: Array, first: Array, rng: np.random.Generator) -> Array:
