@@ -113,10 +113,14 @@ def _collect(
 @contextlib.contextmanager
 def told(decisions: Decisions) -> Iterator[None]:
     """Make the definition decide like this wherever it would decide itself."""
-    ids, drop = decisions.summed_ids.astype(int), (decisions.kept, decisions.slot_ids)
+
+    def choose_ids(*_: object) -> np.ndarray:
+        return decisions.summed_ids.astype(int)
+
+    drop = (decisions.kept, decisions.slot_ids)
     with (
-        mock.patch("npmoe.naive.routing.choose_ids", lambda *_: ids.copy()),
-        mock.patch("npmoe.naive.layer.keep_routes", lambda *_: drop),
+        mock.patch("npmoe.naive.routing.choose_ids", choose_ids),
+        mock.patch("npmoe.naive.layer.keep_routes", return_value=drop),
     ):
         yield
 

@@ -72,7 +72,9 @@ def finish_backward(
         h = f64(x)[t]
         gate_up, act, y, opening = shared_expert(h, params, cfg)
         if grad_v is not None:
-            grad_logit = (g @ y) * opening * (1.0 - opening)
+            # Where the gate is nearly open, 1 - s loses everything; sigmoid(-x) does not.
+            closing = sigmoid(-float(f64(params.shared_gate_weight)[0] @ h))
+            grad_logit = (g @ y) * opening * closing
             grad_v[0] += grad_logit * h
             grad_x[t] += grad_logit * f64(params.shared_gate_weight)[0]
         grad_w2 += np.outer(opening * g, act)

@@ -66,6 +66,11 @@ class Ball:
         mid = np.asarray(value, dtype=np.float64)
         return cls(mid, np.zeros(mid.shape), model)
 
+    @classmethod
+    def drawn(cls, value: HostArray | float, model: Model) -> Ball:
+        """Return a ball around float64 numbers that the program rounds to its dtype once."""
+        return cls.exact(np.asarray(value), model).cast(model)
+
     @property
     def size(self) -> HostArray:
         """Return the largest absolute value inside."""
@@ -82,6 +87,10 @@ class Ball:
     def rounded(self, mid: HostArray, rad: HostArray, n: int = 2) -> Ball:
         """Return a new ball with the error of n more roundings (2: reciprocals are allowed)."""
         return Ball(mid, rad + self.model.rounding(np.abs(mid) + rad, n), self.model)
+
+    def cast(self, model: Model) -> Ball:
+        """Return the ball after a conversion to the dtype of `model`."""
+        return Ball(self.mid, self.rad + model.rounding(self.size, 1), model)
 
     def __add__(self, other: Ball) -> Ball:
         return self.rounded(self.mid + other.mid, self.rad + other.rad)
@@ -120,6 +129,21 @@ class Ball:
         rad = rad + self.model.rounding(self.size @ other.size, n)
         return Ball(self.mid @ other.mid, rad, self.model)
 
+    def sqrt(self) -> Ball:
+        """Return the square root; the part of the ball below 0 counts as 0."""
+        root, lowest = np.sqrt(self.mid), np.sqrt(np.maximum(self.mid - self.rad, 0.0))
+        safe = np.where(self.rad > 0.0, root + lowest, 1.0)
+        # m - (m - r) = (sqrt(m) - lowest)(sqrt(m) + lowest); above m the root grows more slowly.
+        inside = self.rad / np.where(safe > 0.0, safe, 1.0)
+        rad = np.where(self.rad <= self.mid, inside, np.sqrt(self.mid + self.rad))
+        return self.rounded(root, rad)
+
+    def maximum(self, bound: float) -> Ball:
+        """Return the larger of the ball and a number, which the program may have rounded."""
+        near = self.mid - self.rad <= bound * (1.0 + self.model.u)
+        rad = self.rad + np.where(near, self.model.u * bound, 0.0)
+        return Ball(np.maximum(self.mid, bound), rad, self.model)
+
     def apply(
         self,
         function: Callable[[HostArray], HostArray],
@@ -129,6 +153,24 @@ class Ball:
         """Apply a function of slopes up to `slope`, computed to ELEMENTARY * u * rounding(size)."""
         error = ELEMENTARY * self.model.u * rounding(self.size) + self.model.tiny
         return Ball(function(self.mid), slope * self.rad + error, self.model)
+
+    def apply_positive(
+        self, function: Callable[[HostArray], HostArray], slope: float, n: int
+    ) -> Ball:
+        """Apply a positive function whose logarithm has slopes up to `slope`.
+
+        It is computed to a relative error of n * ELEMENTARY * u. Where it is 0 in float64, it is
+        0 in every program.
+        """
+        mid = function(self.mid)
+        with np.errstate(over="ignore"):
+            relative = np.expm1(slope * self.rad + n * ELEMENTARY * self.model.u)
+        return Ball(mid, np.where(mid > 0.0, mid * relative + self.model.tiny, 0.0), self.model)
+
+
+def each(function: Callable[[float], float]) -> Callable[[HostArray], HostArray]:
+    """Return `function` applied to every element of an array."""
+    return lambda values: np.array([function(v) for v in values.flat]).reshape(values.shape)
 
 
 def softmax(logits: Ball) -> Ball:

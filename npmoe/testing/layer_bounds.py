@@ -6,8 +6,10 @@ dropped routes are constants, taken from a forward pass. What is promised to hol
 
 - every sum may be taken in any order, weights may be applied before or after a product, and
   <g, W2 a> may be computed as <W2^T g, a>;
-- every operation rounds to nearest in `dtype` or a wider one, exp and erf are within
-  `ELEMENTARY` unit roundoffs, underflow may flush to zero, and nothing overflows.
+- every operation rounds to nearest in `dtype` or a wider one (the router in its own), exp, tanh,
+  log1p and erf are within `ELEMENTARY` unit roundoffs, underflow may flush to zero, and nothing
+  overflows; the squares in the unit vectors of soft routing do not underflow;
+- random numbers are float64 and rounded to that dtype once.
 """
 
 from __future__ import annotations
@@ -18,27 +20,45 @@ import numpy as np
 import numpy.typing as npt
 
 from npmoe._typing import HostArray
-from npmoe.config import MoEConfig
-from npmoe.naive import NaiveForward
+from npmoe.naive import Draws, NaiveForward
 from npmoe.params import MoEGrads
-from npmoe.testing.activation_bounds import activation, activation_backward
-from npmoe.testing.balls import Ball, Model, softmax
+from npmoe.testing.balls import Ball, Model
+from npmoe.testing.expert_bounds import ExpertBalls, SharedBalls, expert_balls, shared_balls
 from npmoe.testing.problems import MoEProblem
+from npmoe.testing.router_bounds import RouterBalls, router_backward, router_balls
+from npmoe.testing.soft_bounds import (
+    soft_backward,
+    soft_balls,
+    soft_combine,
+    soft_combine_backward,
+    soft_dispatch_backward,
+)
+
+NO_DRAWS = Draws()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBounds:
-    """Bounds of everything the layer computes, each of the shape of what it bounds."""
+    """Bounds of everything the layer computes, each of the shape of what it bounds.
+
+    Soft routing has no topk_weights; its probs are `combine`. `router` has the balls that the
+    decisions rest on.
+    """
 
     router_logits: HostArray
+    clean_logits: HostArray
     probs: HostArray
     topk_weights: HostArray
     output: HostArray
     grads: MoEGrads
+    router: RouterBalls | None
 
 
 def layer_bounds(
-    problem: MoEProblem, forward: NaiveForward, dtype: npt.DTypeLike | None = None
+    problem: MoEProblem,
+    forward: NaiveForward,
+    draws: Draws = NO_DRAWS,
+    dtype: npt.DTypeLike | None = None,
 ) -> LayerBounds:
     """Bound the difference between a layer that computes in `dtype` and `npmoe.naive`.
 
@@ -48,6 +68,8 @@ def layer_bounds(
         Finite inputs, masked rows aside.
     forward : NaiveForward
         Its ids and kept routes are taken for granted.
+    draws : Draws
+        What `forward` drew.
     dtype : dtype, optional
         In which the layer computes; the problem's own if omitted.
 
@@ -56,147 +78,164 @@ def layer_bounds(
     LayerBounds
         Float64 arrays, new. A bound may be infinite where cancellation leaves nothing.
     """
-    cfg, params = problem.cfg, problem.params
     model = Model.of(problem.dtype if dtype is None else dtype)
-    mask = np.ones(len(problem.hidden_states), bool)
-    if problem.token_mask is not None:
-        mask = problem.token_mask
-    rows = mask[:, None]
+    rows = problem.valid[:, None]
+    x = Ball.exact(np.where(rows, problem.hidden_states, 0), model)
+    grad = Ball.exact(np.where(rows, problem.grad_output, 0), model)
+    shared = None
+    inner = grad
+    if problem.cfg.shared_combine == "average":
+        inner = grad * Ball.exact(np.array(0.5), model)
+    if problem.cfg.shared_intermediate_size:
+        shared = shared_balls(x, inner, problem.params, problem.cfg)
+    path = _soft if problem.cfg.routing == "soft" else _routed
+    return path(problem, forward, draws, x, grad, inner, shared)
 
-    def given(array: HostArray) -> Ball:
-        return Ball.exact(array, model)
 
-    x = given(np.where(rows, problem.hidden_states, 0))  # (T, H)
-    g = given(np.where(rows, problem.grad_output, 0))  # (T, H)
-    ids, kept = forward.topk_ids, forward.kept
-    H, I = cfg.hidden_size, cfg.intermediate_size
-
-    logits = x.matmul(given(params.router_weight).T, H + 2)  # (T, E)
-    if params.router_bias is not None:
-        logits = logits + given(params.router_bias)
-    probs = softmax(logits).where(rows)
-    summed = kept if cfg.renormalize_drop == "after" else ids >= 0
-    raw, unscaled = _weights(logits, probs, ids, summed, cfg)
-    scale = given(np.array(cfg.routed_scaling_factor))
-    weights = unscaled * scale
-
-    y = _empty((*ids.shape, H), model)
-    grad_weights = _empty(ids.shape, model)
-    grad_rows = _empty((*ids.shape, H), model)
-    w1, w2 = params.gate_up_proj, params.down_proj
-    grad_w1, grad_w2 = np.zeros(w1.shape), np.zeros(w2.shape)
-    grad_b1, grad_b2 = np.zeros(w1.shape[:2]), np.zeros(w2.shape[:2])
-    for e in range(cfg.num_experts):
-        t, k = np.nonzero(kept & (ids == e))
-        if not len(t):
-            continue
-        z = x[t].matmul(given(w1[e]).T, H + 2)  # (n, 2I)
-        if params.gate_up_bias is not None:
-            z = z + given(params.gate_up_bias[e])
-        act = activation(z, cfg.activation)  # (n, I)
-        out = act.matmul(given(w2[e]).T, I + 2)  # (n, H)
-        # All roundings on the way of each term, so that <g, W2 a> and <W2^T g, a> are both held.
-        grad_act = g[t].matmul(given(w2[e]), H + I + 2)
-        grad_w = (grad_act * act).sum(axis=1)
-        if params.down_bias is not None:
-            out = out + given(params.down_bias[e])
-            grad_w = grad_w + (g[t] * given(params.down_bias[e])).sum(axis=1)
-        _put(y, (t, k), out)
-        _put(grad_weights, (t, k), grad_w)
-        weight = weights[t, k][:, None]
-        weighted = weight * g[t]
-        grad_w2[e] = weighted.T.matmul(act, len(t) + 2).rad
-        grad_b2[e] = weighted.sum(axis=0).rad
-        grad_z = activation_backward(weight * grad_act, z, cfg.activation)
-        grad_w1[e] = grad_z.T.matmul(x[t], len(t) + 2).rad
-        grad_b1[e] = grad_z.sum(axis=0).rad
-        # Each of these terms may be followed by the E terms of the router's path.
-        n = w1.shape[1] + cfg.num_experts + 2
-        _put(grad_rows, (t, k), grad_z.matmul(given(w1[e]), n))
-
-    output = (weights.where(kept)[:, :, None] * y).sum(axis=1)
-    grad_logits = _route_backward(
-        grad_weights * scale,
-        raw=raw,
-        weights=unscaled,
-        probs=probs,
-        ids=ids,
-        summed=summed,
-        cfg=cfg,
+def _routed(
+    problem: MoEProblem,
+    forward: NaiveForward,
+    draws: Draws,
+    x: Ball,
+    grad: Ball,
+    inner: Ball,
+    shared: SharedBalls | None,
+) -> LayerBounds:
+    cfg, model = problem.cfg, x.model
+    router = router_balls(problem, forward, draws, model)
+    weights = router.topk_weights
+    if cfg.router_dtype is not None:
+        weights = weights.cast(model)
+    t, k = np.nonzero(forward.kept)
+    experts = expert_balls(
+        x[t],
+        weights[t, k],
+        inner[t],
+        forward.topk_ids[t, k],
+        problem.params,
+        cfg,
+        None if draws.dropout is None else draws.dropout[t, k],
+        # Each of its terms may be followed by those of the router's path.
+        num_sums=cfg.router_size,
     )
-    if problem.grad_router_logits is not None:
-        grad_logits = grad_logits + given(problem.grad_router_logits)
-    grad_logits = grad_logits.where(rows)
-    router_path = grad_logits.matmul(given(params.router_weight), cfg.num_experts + 2)
+    grad_weights = _spread(experts.grad_weights, (t, k), forward.kept.shape)
+    grad_router_x, grad_router, grad_bias = router_backward(
+        problem, forward, draws, router, grad_weights
+    )
+    H = cfg.hidden_size
+    routed = _spread(experts.rows, (t, k), (*forward.kept.shape, H))
+    grad_x = _spread(experts.grad_inputs, (t, k), (*forward.kept.shape, H))
     return LayerBounds(
-        router_logits=logits.rad,
-        probs=probs.rad,
-        topk_weights=weights.rad,
-        output=output.where(rows).rad,
-        grads=MoEGrads(
-            hidden_states=(grad_rows.sum(axis=1) + router_path).where(rows).rad,
-            router_weight=grad_logits.T.matmul(x, len(rows) + 2).rad,
-            router_bias=None if params.router_bias is None else grad_logits.sum(axis=0).rad,
-            gate_up_proj=grad_w1,
-            down_proj=grad_w2,
-            gate_up_bias=None if params.gate_up_bias is None else grad_b1,
-            down_bias=None if params.down_bias is None else grad_b2,
+        router_logits=router.logits.rad,
+        clean_logits=router.clean_logits.rad,
+        probs=router.probs.rad,
+        topk_weights=router.topk_weights.rad,
+        output=_finish(problem, routed, shared),
+        grads=_grads(
+            problem,
+            experts,
+            shared,
+            grad,
+            [grad_x, grad_router_x],
+            grad_router,
+            grad_bias=grad_bias,
         ),
+        router=router,
     )
 
 
-def _weights(
-    logits: Ball, probs: Ball, ids: HostArray, summed: HostArray, cfg: MoEConfig
-) -> tuple[Ball, Ball]:
-    """Return the weights before and after normalisation, (T, K); 0 without an expert."""
-    at = (np.arange(len(ids))[:, None], np.maximum(ids, 0))
-    if cfg.router_order == "topk_score":
-        mid = np.where(ids >= 0, logits[at].mid, -np.inf)
-        weights = softmax(Ball(mid, logits[at].where(ids >= 0).rad, logits.model))
-        return weights, weights
-    raw = probs[at].where(summed)
-    if not cfg.renormalize:
-        return raw, raw
-    return raw, (raw / raw.sum(axis=1, keepdims=True)).where(summed)
+def _soft(
+    problem: MoEProblem,
+    forward: NaiveForward,
+    draws: Draws,
+    x: Ball,
+    grad: Ball,
+    inner: Ball,
+    shared: SharedBalls | None,
+) -> LayerBounds:
+    cfg, model = problem.cfg, x.model
+    soft = soft_balls(problem, x)
+    grad_y = soft_combine_backward(soft, inner)
+    owners = np.arange(cfg.router_size) // (cfg.expert_capacity or 1)
+    ones = Ball.exact(np.ones(len(grad_y.mid)), model)
+    dropout = draws.dropout
+    experts = expert_balls(
+        soft.slots,
+        ones,
+        grad_y,
+        np.tile(owners, problem.num_sequences),
+        problem.params,
+        cfg,
+        None if dropout is None else dropout.reshape(-1, cfg.intermediate_size),
+        num_sums=0,
+    )
+    grad_router_x, grad_phi, grad_scale = soft_backward(
+        problem, soft, x, experts.rows, inner, experts.grad_inputs
+    )
+    grad_x = [soft_dispatch_backward(soft, experts.grad_inputs), grad_router_x]
+    return LayerBounds(
+        router_logits=soft.logits.rad,
+        clean_logits=soft.logits.rad,
+        probs=soft.combine.rad,
+        topk_weights=np.zeros(forward.topk_weights.shape),
+        output=_finish(problem, soft_combine(soft, experts.rows), shared),
+        grads=_grads(problem, experts, shared, grad, grad_x, grad_phi, grad_scale=grad_scale),
+        router=None,
+    )
 
 
-def _route_backward(
-    grad_weights: Ball,
+def _finish(problem: MoEProblem, routed: Ball, shared: SharedBalls | None) -> HostArray:
+    """Return the radius of the output (T, H); `routed` is that or (T, K, H)."""
+    cfg, terms = problem.cfg, [routed] if shared is None else [routed, shared.rows]
+    if cfg.shared_combine == "average":
+        half = Ball.exact(np.array(0.5), routed.model)
+        terms = [term * half for term in terms]
+    if problem.params.output_bias is not None:
+        bias = np.broadcast_to(problem.params.output_bias, problem.hidden_states.shape)
+        terms.append(Ball.exact(bias, routed.model))
+    return _sum(terms).where(problem.valid[:, None]).rad
+
+
+def _grads(
+    problem: MoEProblem,
+    experts: ExpertBalls,
+    shared: SharedBalls | None,
+    grad: Ball,
+    grad_x: list[Ball],
+    grad_router: Ball,
     *,
-    raw: Ball,
-    weights: Ball,
-    probs: Ball,
-    ids: HostArray,
-    summed: HostArray,
-    cfg: MoEConfig,
-) -> Ball:
-    """Return the gradient of the logits (T, E)."""
-    rows = np.arange(len(ids))
-    grad_logits = _empty(probs.mid.shape, probs.model)
-    # Products are kept apart, w*g - w*mean, since either form may be computed.
-    mean = (grad_weights * weights).sum(axis=1, keepdims=True)
-    if cfg.router_order == "topk_score":
-        grad_chosen = weights * grad_weights - weights * mean
-    elif cfg.renormalize:
-        total = raw.sum(axis=1, keepdims=True)
-        grad_raw = (grad_weights / total - mean / total).where(summed)
-        grad_chosen = raw * grad_raw
-    else:
-        grad_chosen = raw * grad_weights
-    for k in range(ids.shape[1]):
-        has = ids[:, k] >= 0
-        at = (rows[has], ids[has, k])
-        grad_logits.mid[at] += grad_chosen.mid[has, k]
-        grad_logits.rad[at] += grad_chosen.rad[has, k]
-    if cfg.router_order == "topk_score":
-        return grad_logits
-    return grad_logits - probs * grad_chosen.sum(axis=1, keepdims=True)
+    grad_bias: Ball | None = None,
+    grad_scale: Ball | None = None,
+) -> MoEGrads:
+    """Return the radii of all gradients, None where there is no parameter."""
+    params = problem.params
+    if shared is not None:
+        grad_x = [*grad_x, shared.grad_inputs]
+    return MoEGrads(
+        hidden_states=_sum(grad_x).where(problem.valid[:, None]).rad,
+        router_weight=grad_router.rad,
+        router_bias=None if params.router_bias is None or grad_bias is None else grad_bias.rad,
+        gate_up_proj=experts.gate_up_proj,
+        down_proj=experts.down_proj,
+        gate_up_bias=None if params.gate_up_bias is None else experts.gate_up_bias,
+        down_bias=None if params.down_bias is None else experts.down_bias,
+        shared_gate_up_proj=None if shared is None else shared.shared_gate_up_proj,
+        shared_down_proj=None if shared is None else shared.shared_down_proj,
+        shared_gate_weight=None if shared is None else shared.shared_gate_weight,
+        output_bias=None if params.output_bias is None else grad.sum(axis=0).rad,
+        soft_scale=None if grad_scale is None else grad_scale.rad,
+    )
 
 
-def _empty(shape: tuple[int, ...], model: Model) -> Ball:
-    return Ball(np.zeros(shape), np.zeros(shape), model)
+def _spread(values: Ball, at: tuple[HostArray, ...], shape: tuple[int, ...]) -> Ball:
+    """Return zeros of a shape with the values put at their places."""
+    spread = Ball(np.zeros(shape), np.zeros(shape), values.model)
+    spread.mid[at], spread.rad[at] = values.mid, values.rad
+    return spread
 
 
-def _put(target: Ball, index: tuple[HostArray, ...], value: Ball) -> None:
-    target.mid[index] = value.mid
-    target.rad[index] = value.rad
+def _sum(terms: list[Ball]) -> Ball:
+    """Return the sum (T, H) of terms (T, H) and (T, K, H), all in one go and in any order."""
+    wide = [t if t.mid.ndim == 3 else t[:, None] for t in terms]
+    mid, rad = (np.concatenate([getattr(t, n) for t in wide], axis=1) for n in ("mid", "rad"))
+    return Ball(mid, rad, terms[0].model).sum(axis=1)

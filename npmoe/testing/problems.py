@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -12,11 +13,14 @@ import numpy as np
 from npmoe._typing import HostArray
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
-from npmoe.params import MoEParams
+from npmoe.params import MoEParams, param_axes
+from npmoe.testing.exactness import has_exact_choice, is_exact, weight_is_one
+
+__all__ = ["MoEProblem", "is_exact", "make_problem"]
 
 Values = Literal["normal", "integer", "exact"]
 Load = Literal["spread", "one_expert", "tied"]
-Replay = Literal["none", "full", "holes", "same"]
+Replay = Literal["none", "full", "holes", "same", "wide"]
 Mask = Literal["none", "some", "nothing_valid", "all_valid"]
 Layout = Literal["contiguous", "read_only", "strided", "reversed", "fortran"]
 
@@ -34,12 +38,16 @@ class MoEProblem:
     token_mask : (T,) bool array or None
     topk_ids : (T, K) int32 array or None
         Choices to replay.
-    grad_router_logits : (T, E) float array or None
-        NaN in masked rows.
+    grad_router_logits : (T, N) float array or None
+        In the router's dtype; NaN in masked rows.
+    num_sequences : int
+        The tokens are as many sequences of equal length.
+    generator_seed : int or None
+        Of the generator that the layer gets; None is no generator.
     exact : bool
         All results, in any order of summation, are free of rounding: compare them with ``==``.
-    exact_logits : bool
-        The router logits are free of rounding, hence the choices and their ties the same for all.
+    exact_choice : bool
+        Rounding cannot change which experts are chosen: choices and ties are the same for all.
     call : str
         The call of `make_problem` that makes this problem again; also its repr.
     """
@@ -51,14 +59,40 @@ class MoEProblem:
     token_mask: HostArray | None
     topk_ids: HostArray | None
     grad_router_logits: HostArray | None
+    num_sequences: int
+    generator_seed: int | None
     exact: bool
-    exact_logits: bool
+    exact_choice: bool
     call: str
 
     @property
     def dtype(self) -> np.dtype[np.floating]:
         """The float dtype of every array."""
         return self.hidden_states.dtype
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per sequence."""
+        return len(self.hidden_states) // self.num_sequences
+
+    @property
+    def valid(self) -> HostArray:
+        """The token mask, all True if there is none."""
+        if self.token_mask is None:
+            return np.ones(len(self.hidden_states), bool)
+        return self.token_mask
+
+    def generator(self) -> np.random.Generator | None:
+        """Return a new generator as the layer gets it."""
+        # Not the stream that the values come from.
+        seed = self.generator_seed
+        return None if seed is None else np.random.default_rng((seed, 1))
+
+    def fold(self, array: HostArray | None) -> HostArray | None:
+        """Return an array (T, ...) as the layer gets it: (B, L, ...) if there are sequences."""
+        if array is None or self.num_sequences == 1:
+            return array
+        return array.reshape(self.num_sequences, self.sequence_length, *array.shape[1:])
 
     def __repr__(self) -> str:
         return self.call
@@ -80,6 +114,8 @@ def make_problem(
     mask: Mask = "none",
     layout: Layout = "contiguous",
     auxiliary: bool = False,
+    num_sequences: int = 1,
+    generator: bool = False,
     hidden_exponent: int = 0,
     logit_exponent: int = 0,
     gate_up_exponent: int = 0,
@@ -100,14 +136,19 @@ def make_problem(
         equal; or integers whose every result is exact, for configs in the sense of `is_exact`.
     load : {"spread", "one_expert", "tied"}
         Logits of no pattern, one expert's higher than all others, or all equal.
-    replay : {"none", "full", "holes", "same"}
-        Replayed choices: none, K experts per token, some of them -1, or the same K for all.
+    replay : {"none", "full", "holes", "same", "wide"}
+        Replayed choices: none, K experts per token, some of them -1, the same K for all, or
+        more than K (2 for values="exact").
     mask : {"none", "some", "nothing_valid", "all_valid"}
         The token mask.
     layout : {"contiguous", "read_only", "strided", "reversed", "fortran"}
         How all arrays lie in memory; the gaps of strided ones hold NaN (True, large integers).
     auxiliary : bool
         Whether there is a grad_router_logits.
+    num_sequences : int
+        Divides T; with 1, the layer gets no axis of sequences.
+    generator : bool
+        Whether the layer gets a generator, without which nothing is random.
     hidden_exponent, logit_exponent, gate_up_exponent, grad_exponent : int
         Sizes, as powers of two, of hidden_states, router logits, gate_up and grad_output. Integers
         take a logit_exponent only, not negative; with 10 most probabilities underflow to 0.
@@ -120,8 +161,8 @@ def make_problem(
     Raises
     ------
     RangeError
-        For values="exact" with a config or size whose results are not exact, or exponents
-        without normal values.
+        For values="exact" with a config or size whose results are not exact, exponents
+        without normal values, or sequences of unequal length.
     """
     call = _call(dict(locals()))
     exponents = (logit_exponent, hidden_exponent, gate_up_exponent, grad_exponent)
@@ -135,47 +176,45 @@ def make_problem(
             f"make_problem: exponents must be 0 with values={values!r}, got {exponents}. "
             "Integers have no scale; only logit_exponent may be positive."
         )
+    if num_sequences < 1 or num_tokens % num_sequences:
+        raise RangeError(
+            f"make_problem: num_sequences must divide num_tokens = {num_tokens}, got "
+            f"{num_sequences}. Sequences have equal lengths."
+        )
     rng = np.random.default_rng(seed)
-    E, H, I = cfg.num_experts, cfg.hidden_size, cfg.intermediate_size
+    H = cfg.hidden_size
     reach = 1 if values == "exact" else 2
 
     def draw(*shape: int, exponent: int = 0, fan_in: int = 1) -> HostArray:
         if values == "normal":
             return np.asarray(rng.standard_normal(shape) * (2.0**exponent / np.sqrt(fan_in)))
-        return rng.integers(-reach, reach, shape, endpoint=True) * 2.0**exponent
+        return np.asarray(rng.integers(-reach, reach, shape, endpoint=True) * 2.0**exponent)
 
-    def arrange(array: HostArray) -> HostArray:
+    def arrange(array: HostArray, as_dtype: str = dtype) -> HostArray:
         as_float = array.dtype.kind == "f"
-        return _arrange(array.astype(dtype) if as_float else array, layout)
+        return _arrange(array.astype(as_dtype) if as_float else array, layout)
 
     hidden = draw(num_tokens, H, exponent=hidden_exponent)
-    router = draw(E, H, exponent=logit_exponent - hidden_exponent, fan_in=H)
-    tied = load == "tied" or (values == "exact" and not _weight_is_one(cfg))
+    drawn = _draw_params(cfg, draw, hidden_exponent, logit_exponent, gate_up_exponent)
     if load == "one_expert":
         hidden[:, 0] = 2.0**hidden_exponent
+        router = drawn["router_weight"]
         router[:, 0] = 0.0
-        router[rng.integers(E), 0] = 4.0 * 2.0 ** (logit_exponent - hidden_exponent)
-    if tied:
+        router[rng.integers(len(router)), 0] = 4.0 * 2.0 ** (logit_exponent - hidden_exponent)
+    if load == "tied" or (values == "exact" and not weight_is_one(cfg)):
         # Equal rows give equal logits only if the products are exact.
-        router[:] = router[0] if values != "normal" else 0.0
-    router_bias = draw(E, exponent=logit_exponent) if cfg.router_bias else None
-    if router_bias is not None and tied:
-        router_bias[:] = router_bias[0]
-    wide = cfg.gate_up_size
-    bias = cfg.expert_bias
-    params = MoEParams(
-        router_weight=arrange(router),
-        gate_up_proj=arrange(
-            draw(E, wide, H, exponent=gate_up_exponent - hidden_exponent, fan_in=H)
-        ),
-        down_proj=arrange(draw(E, H, I, fan_in=I)),
-        router_bias=None if router_bias is None else arrange(router_bias),
-        gate_up_bias=arrange(draw(E, wide, exponent=gate_up_exponent)) if bias else None,
-        down_bias=arrange(draw(E, H)) if bias else None,
-    )
+        drawn["router_weight"][:] = drawn["router_weight"][0] if values != "normal" else 0.0
+        if cfg.router_bias:
+            drawn["router_bias"][:] = drawn["router_bias"][0]
+    params = MoEParams(**{name: arrange(array) for name, array in drawn.items()})
     grad_output = draw(num_tokens, H, exponent=grad_exponent)
-    grad_logits = draw(num_tokens, E, exponent=grad_exponent) if auxiliary else None
-    ids = _draw_ids(rng, num_tokens, cfg, replay)
+    grad_logits = None
+    if auxiliary:
+        grad_logits = draw(num_tokens, cfg.router_size, exponent=grad_exponent)
+    most = 2 * cfg.top_k
+    if values == "exact":
+        most = 1 if weight_is_one(cfg) else 2
+    ids = _draw_ids(rng, num_tokens, cfg, replay, most)
     token_mask = _draw_mask(rng, num_tokens, mask)
     if token_mask is not None:
         hidden[~token_mask] = np.nan
@@ -189,41 +228,64 @@ def make_problem(
         grad_output=arrange(grad_output),
         token_mask=None if token_mask is None else arrange(token_mask),
         topk_ids=None if ids is None else arrange(ids),
-        grad_router_logits=None if grad_logits is None else arrange(grad_logits),
+        grad_router_logits=None
+        if grad_logits is None
+        else arrange(grad_logits, cfg.router_dtype or dtype),
+        num_sequences=num_sequences,
+        generator_seed=seed if generator else None,
         exact=values == "exact",
-        exact_logits=values != "normal" or load == "tied",
+        exact_choice=has_exact_choice(cfg, integers=values != "normal", tied=load == "tied"),
         call=call,
     )
 
 
-def is_exact(cfg: MoEConfig, num_tokens: int) -> bool:
-    """Return whether values="exact" leaves no rounding anywhere, already in float32.
-
-    ReLU keeps integers. A softmax over K = 1 chosen logit is 1; otherwise all logits are made
-    equal, and E and K powers of two make probabilities, weights and gradients dyadic. With inputs
-    in -1..1 and the sizes below, |x|.|w| sums stay below 2**24 of their last bits: the longest
-    is grad_router_weight, with at most 11 bits before and 6 after the point, summed over 16 tokens.
-    """
-    sizes = (cfg.hidden_size, cfg.intermediate_size, cfg.num_experts)
-    small = max(sizes) <= 8 and num_tokens <= 16 and cfg.activation == "relu"
-    scaled = cfg.routed_scaling_factor not in (0.5, 1.0)
-    dyadic = cfg.num_experts in (1, 2, 4, 8) and cfg.top_k in (1, 2)
-    return small and not scaled and (dyadic or _weight_is_one(cfg))
-
-
-def _weight_is_one(cfg: MoEConfig) -> bool:
-    """Return whether every weight is exactly 1, and its gradient 0, whatever the logits are."""
-    return cfg.top_k == 1 and cfg.router_order == "topk_score"
+def _draw_params(
+    cfg: MoEConfig,
+    draw: Callable[..., HostArray],
+    hidden_exponent: int,
+    logit_exponent: int,
+    gate_up_exponent: int,
+) -> dict[str, HostArray]:
+    """Return every parameter of the config, in float64; the exponents are of what they make."""
+    sizes = {
+        "1": 1,
+        "E": cfg.num_experts,
+        "N": cfg.router_size,
+        "E*C": cfg.router_size,
+        "H": cfg.hidden_size,
+        "I": cfg.intermediate_size,
+        "2*I": cfg.gate_up_size,
+        "S": cfg.shared_intermediate_size,
+        "2*S": cfg.shared_gate_up_size,
+    }
+    exponents = {
+        "router_weight": logit_exponent - hidden_exponent,
+        "router_bias": logit_exponent,
+        "selection_bias": logit_exponent if cfg.selection_bias_on == "logits" else 0,
+        "gate_up_proj": gate_up_exponent - hidden_exponent,
+        "gate_up_bias": gate_up_exponent,
+        "shared_gate_up_proj": gate_up_exponent - hidden_exponent,
+        "shared_gate_weight": -hidden_exponent,
+        "soft_scale": logit_exponent,
+    }
+    drawn = {}
+    for name, axes in param_axes(cfg).items():
+        shape = [sizes[letter] for letter in axes]
+        # Only matrices sum over their last axis; soft routing makes unit vectors of its rows.
+        fan_in = shape[-1] if len(axes) > 1 and not name.endswith("bias") else 1
+        drawn[name] = draw(*shape, exponent=exponents.get(name, 0), fan_in=fan_in)
+    return drawn
 
 
 def _draw_ids(
-    rng: np.random.Generator, num_tokens: int, cfg: MoEConfig, replay: Replay
+    rng: np.random.Generator, num_tokens: int, cfg: MoEConfig, replay: Replay, most: int
 ) -> HostArray | None:
     if replay == "none":
         return None
-    ids = np.zeros((num_tokens, cfg.top_k), np.int32)
+    columns = min(most, cfg.router_size) if replay == "wide" else cfg.top_k
+    ids = np.zeros((num_tokens, columns), np.int32)
     for row in ids:
-        row[:] = rng.permutation(cfg.num_experts)[: cfg.top_k]
+        row[:] = rng.permutation(cfg.router_size)[:columns]
     if replay == "same" and num_tokens:
         ids[:] = ids[0]
     if replay == "holes":
@@ -240,7 +302,9 @@ def _draw_mask(rng: np.random.Generator, num_tokens: int, mask: Mask) -> HostArr
 
 
 def _arrange(array: HostArray, layout: Layout) -> HostArray:
-    """Return the same values in another memory layout."""
+    """Return the same values in another memory layout, if there is more than one number."""
+    if array.ndim == 0:
+        return array
     if layout == "read_only":
         array.setflags(write=False)
     elif layout == "fortran":
