@@ -7,11 +7,9 @@ from fractions import Fraction
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
 
-from npmoe import MoEConfig, expert_capacity, gradcheck
-from npmoe.dispatch import plan_dispatch
+from npmoe import MoEConfig, expert_capacity
 
 
 def half_even(x: Fraction) -> int:

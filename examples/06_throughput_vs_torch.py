@@ -5,7 +5,7 @@ attention, its own auxiliary loss), torch.optim.AdamW and gradient clipping. Eac
 takes a few steps in turn, round after round, so that a drifting machine hits all alike; figures
 are medians. The pause and the untimed step between two turns let OpenMP's spinning threads rest.
 
-    pip install 'npmoe[cli,parity]' && python examples/05_throughput_vs_torch.py
+    pip install 'npmoe[cli,parity]' && python examples/06_throughput_vs_torch.py
 """
 
 import argparse
