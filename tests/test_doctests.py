@@ -31,10 +31,13 @@ def test_there_are_examples():
     assert {"npmoe", "npmoe.dispatch", "npmoe.capacity", "npmoe.routing.selection"} <= found
 
 
-def test_the_example_of_the_readme():
+def test_the_examples_of_the_readme(capsys):
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     names = {}
-    exec(text.split("```python\n")[1].split("```")[0], names)
+    for block in text.split("```python\n")[1:3]:
+        exec(block.split("```")[0], names)
     assert names["output"].shape == (32, 64)
     assert names["loss"] > 0
     assert names["grads"].gate_up_proj.any()
+    assert names["deepseek"].num_experts == 256
+    assert "top 2 of 8 experts" in capsys.readouterr().out
