@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from npmoe import losses
     from npmoe.backends import available_backends, get_backend, use_backend
     from npmoe.balancing import LoadCounter, update_selection_bias
+    from npmoe.blocks import BlockPlan, align_block_size, align_block_size_batched
     from npmoe.capacity import expert_capacity
     from npmoe.config import MoEConfig
     from npmoe.dispatch import DispatchPlan
@@ -43,12 +44,14 @@ if TYPE_CHECKING:
     from npmoe.layer import MoELayer, moe_backward, moe_forward
     from npmoe.model_presets import preset, presets
     from npmoe.params import MoEGrads, MoEParams, init_params
+    from npmoe.plan_validation import PlanFinding, validate_batched_plan, validate_plan
     from npmoe.routing import Routing
     from npmoe.saved import SavedTensors
     from npmoe.stats import LoadStats
 
 __all__ = [
     "BackendUnavailableError",
+    "BlockPlan",
     "CheckpointError",
     "DTypeError",
     "DataError",
@@ -64,12 +67,15 @@ __all__ = [
     "MoEParams",
     "NpmoeError",
     "PlanError",
+    "PlanFinding",
     "RangeError",
     "Routing",
     "SavedTensors",
     "ShapeError",
     "UnsupportedError",
     "__version__",
+    "align_block_size",
+    "align_block_size_batched",
     "available_backends",
     "expert_capacity",
     "explain",
@@ -83,12 +89,15 @@ __all__ = [
     "presets",
     "update_selection_bias",
     "use_backend",
+    "validate_batched_plan",
+    "validate_plan",
 ]
 
 # Where each public name lives; a test holds this table to the imports above, made for checkers.
 _HOMES = {
     "balancing": ("LoadCounter", "update_selection_bias"),
     "backends": ("available_backends", "get_backend", "use_backend"),
+    "blocks": ("BlockPlan", "align_block_size", "align_block_size_batched"),
     "capacity": ("expert_capacity",),
     "config": ("MoEConfig",),
     "dispatch": ("DispatchPlan",),
@@ -101,6 +110,7 @@ _HOMES = {
     "finite_differences": ("GradcheckReport", "gradcheck"),
     "layer": ("MoELayer", "moe_backward", "moe_forward"),
     "params": ("MoEGrads", "MoEParams", "init_params"),
+    "plan_validation": ("PlanFinding", "validate_batched_plan", "validate_plan"),
     "model_presets": ("preset", "presets"),
     "routing": ("Routing",),
     "saved": ("SavedTensors",),

@@ -10,10 +10,19 @@ import numpy as np
 from npmoe._figures import new_figure as _figure
 from npmoe._figures import save_figure as _save
 from npmoe._typing import HostArray
+from npmoe.block_plots import blocks_text, plot_blocks
 from npmoe.routing_plots import plot_drops, plot_load, plot_routing
 from npmoe.training.data import CHARACTER_CLASSES, character_class
 
-__all__ = ["plot_curves", "plot_drops", "plot_experts", "plot_load", "plot_routing"]
+__all__ = [
+    "blocks_text",
+    "plot_blocks",
+    "plot_curves",
+    "plot_drops",
+    "plot_experts",
+    "plot_load",
+    "plot_routing",
+]
 
 
 def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
