@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
-NEEDS_TORCH = {"05_throughput_vs_torch.py"}
-SHORT = ("01_forward.py", "02_gradcheck_your_change.py", "03_train_text.py")
+NEEDS_TORCH = {"06_throughput_vs_torch.py"}
+SHORT = (
+    *("01_forward.py", "02_gradcheck_your_change.py", "03_train_text.py"),
+    "05_check_your_kernel.py",
+)
 EXAMPLES = sorted(p.name for p in FOLDER.glob("[0-9][0-9]_*.py"))
 # OUT stands for a new folder.
 ARGUMENTS = {
@@ -23,6 +26,7 @@ TELLS = {
     "01_forward.py": ["output (2, 6, 16) float32", "routes dropped"],
     "02_gradcheck_your_change.py": ["right:", "wrong:", "must agree"],
     "03_train_text.py": ["step 2: loss", "validation loss", "the quick"],
+    "05_check_your_kernel.py": ["FAILED", "full-blocks-get-no-extra-block", "checks passed: WRONG"],
     "04_moe_vs_dense.py": ["moe   seed 0: validation loss", "dense seed 0", "advantage of the MoE"],
 }
 

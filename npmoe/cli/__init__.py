@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from npmoe import __version__
-from npmoe.cli import conventions, explain, generate, gradcheck, info, train
+from npmoe.cli import check, conventions, explain, generate, gradcheck, info, train
 from npmoe.errors import NpmoeError
 
 _COMMANDS = {
     "train": train,
     "generate": generate,
+    "check": check,
     "explain": explain,
     "conventions": conventions,
     "gradcheck": gradcheck,

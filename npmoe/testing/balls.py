@@ -191,5 +191,6 @@ def softmax(logits: Ball) -> Ball:
     rounding = model.u * (depths + shift) + 2.0 * ELEMENTARY * model.u
     with np.errstate(over="ignore"):
         relative = np.expm1(shift + rounding + model.gamma(logits.mid.shape[-1] + 2))
+    relative = np.where(powers > 0.0, relative, 0.0)  # which may be infinite elsewhere
     rad = np.where(powers > 0.0, mid * relative + model.tiny, 0.0)
     return Ball(mid, rad, model)
