@@ -58,10 +58,7 @@ def experts_subjects(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]
         cfg, params, plan = _experts_setup(gate_up_proj, down_proj, topk_ids)
         gate_up = start(hidden_states, params, plan, topk_weights, cfg)[1]
         arguments = (grad_output, hidden_states, gate_up, params, plan, topk_weights, cfg)
-        if fused:
-            g = run.experts_backward(*arguments)
-        else:
-            g = compose_backward(run, *arguments)
+        g = run.experts_backward(*arguments) if fused else compose_backward(run, *arguments)
         return g.hidden_states, g.gate_up_proj, g.down_proj, g.topk_weights
 
     return forward, backward
@@ -114,7 +111,10 @@ def assert_small(case: Case) -> None:
 
 
 def loose_bounds(kind: Kind, dtype: str, seed: int) -> list[str]:
-    """Return the outputs of checks whose bound is not below 1 % of their largest value."""
+    """Return the outputs of checks whose bound is not below 1 % of their largest value.
+
+    A gradient that is 0 in all cases (that of a weight that is always 1) is measured by the others.
+    """
     loose = []
     for check in kind.checks:
         bounds: dict[int, float] = {}
@@ -127,7 +127,7 @@ def loose_bounds(kind: Kind, dtype: str, seed: int) -> list[str]:
                     used = want.bound if want.free is None else np.where(want.free, 0, want.bound)
                     bounds[i] = max(bounds.get(i, 0.0), float(np.max(used, initial=0)))
         for i, bound in bounds.items():
-            if not bound <= max(0.01 * sizes[i], 1e-30):
+            if not bound <= max(0.01 * (sizes[i] or max(sizes.values())), 1e-30):
                 loose.append(f"{kind.name} {check.name} output {i}: {bound:.2g} of {sizes[i]:.2g}")
     return loose
 

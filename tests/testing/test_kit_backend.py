@@ -22,15 +22,18 @@ NOT_VERBS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["numpy", "reference", "loopback"])
-def test_our_own_pass(name: str, dtype: str) -> None:
-    seeds = range(2) if name == "numpy" else range(2, 3)
-    for seed in seeds:
-        report = check_backend(name, dtype=dtype, seed=seed, quick=True)
-        assert report.passed, str(report)
-        assert report.target == name
-        assert all(r.cases for r in report.results)
+@pytest.mark.parametrize(
+    ("name", "dtype", "seed"),
+    [
+        *(("numpy", "float32", 0), ("numpy", "float64", 1), ("numpy", "float32", 2)),
+        *(("reference", "float32", 3), ("loopback", "float64", 4)),
+    ],
+)
+def test_our_own_pass(name: str, dtype: str, seed: int) -> None:
+    report = check_backend(name, dtype=dtype, seed=seed, quick=True)
+    assert report.passed, str(report)
+    assert report.target == name
+    assert all(r.cases for r in report.results)
 
 
 def test_every_verb_of_the_contract_has_a_check() -> None:
@@ -43,7 +46,7 @@ def test_every_verb_of_the_contract_has_a_check() -> None:
     assert fused - names == {"experts-fused", "layer-composed-forward", "layer-composed-backward"}
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
 def test_every_fault_dies_by_name(fault: object, seed: int) -> None:
     assert_dies(fault, check_backend(fault.subject, only=[fault.check], quick=True, seed=seed))
@@ -140,9 +143,20 @@ class Reordering(ReferenceBackend):
 
     @staticmethod
     def activation(gate_up: np.ndarray, cfg: object, *, shared: bool = False) -> np.ndarray:
-        """Divide by 3 and multiply again."""
+        """Return another last bit."""
         right = ops.activation(gate_up, cfg, shared=shared)
-        return right / right.dtype.type(3.1) * right.dtype.type(3.1)
+        return right * (1 + np.finfo(right.dtype).eps)
+
+
+class Unwritten(ReferenceBackend):
+    """Returns new arrays, whatever `out` is."""
+
+    name: ClassVar[str] = "unwritten"
+
+    @staticmethod
+    def store(value: np.ndarray, out: np.ndarray | None, accumulate: bool) -> np.ndarray:
+        """Ignore `out`."""
+        return value
 
 
 class Empty(ReferenceBackend):
@@ -180,7 +194,7 @@ class Flat(ReferenceBackend):
         (Reordering, "layer-is-exact"),
         (Empty, "no-tokens"),
         (Flat, "any-memory-layout"),
-        (damaged("grouped_gemm_wgrad"), "out-is-overwritten"),
+        (Unwritten, "out-is-overwritten"),
         (damaged("grouped_gemm"), "layer-forward"),
         (damaged("row_dot"), "layer-backward"),
         (damaged("grouped_gemm"), "experts-composed"),
@@ -206,7 +220,7 @@ def test_an_instance_without_verbs_is_refused() -> None:
     with pytest.raises(BackendUnavailableError) as caught:
         check_backend(object())
     assert str(caught.value).startswith(
-        "check_backend: backend must be a name or have every verb, got object without accelerates"
+        "check_backend: backend must be a name or have every verb, got object without activation"
     )
     with pytest.raises(RangeError, match="Did you mean 'numpy'"):
         check_backend("numpi")

@@ -20,12 +20,11 @@ CHECKS = {"experts": check_experts, "experts_backward": check_experts_backward}
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("backend", ["numpy", "reference"])
+@pytest.mark.parametrize(("backend", "dtype"), [("numpy", "float32"), ("reference", "float64")])
 def test_our_own_pass(backend: str, dtype: str, seed: int) -> None:
     forward, backward = experts_subjects(backend)
     for check, fn in ((check_experts, forward), (check_experts_backward, backward)):
-        report = check(fn, dtype=dtype, seed=seed, quick=seed > 0)
+        report = check(fn, dtype=dtype, seed=seed, quick=True)
         assert report.passed, str(report)
         assert all(r.cases for r in report.results)
 
@@ -101,6 +100,6 @@ def test_mistakes_in_no_list_die_too() -> None:
         return tuple(np.clip(a, -1, 1) for a in backward(g, *rest))
 
     for wrong in (averages, normalizes, sorts_tokens):
-        assert not check_experts(wrong, quick=True).passed, wrong.__name__
+        assert not check_experts(wrong, quick=True, stop=True).passed, wrong.__name__
     for wrong in (means, clips):
-        assert not check_experts_backward(wrong, quick=True).passed, wrong.__name__
+        assert not check_experts_backward(wrong, quick=True, stop=True).passed, wrong.__name__

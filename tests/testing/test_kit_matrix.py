@@ -16,6 +16,7 @@ def test_there_are_enough_and_each_says_where_it_was_seen() -> None:
     assert {f.kind for f in FAULTS} == {*KINDS, "backend"}
     for fault in FAULTS:
         assert len(fault.seen) > 3
+        assert fault.check != fault.name
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)

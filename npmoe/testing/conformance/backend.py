@@ -14,6 +14,7 @@ from npmoe.activations import ACTIVATIONS
 from npmoe.config import MoEConfig
 from npmoe.testing.bounds import gamma
 from npmoe.testing.conformance.backend_cases import (
+    drawn_case,
     draws,
     experts_cases,
     experts_truth,
@@ -21,7 +22,6 @@ from npmoe.testing.conformance.backend_cases import (
     route_cases,
     soft_cases,
     square_cases,
-    verb_case,
     verb_truth,
 )
 from npmoe.testing.conformance.backend_probe import (
@@ -106,9 +106,7 @@ def _verb_cases(name: str) -> Cases:
         else:
             least = len(ACTIVATIONS) if name == "activation" else 0
             for d in draws(rng, replace(effort, cases=max(effort.cases, least))):
-                cfg, arrays = VERBS[name].draw(d)
-                linear = VERBS[name].exact
-                yield verb_case(name, cfg, arrays, exact=d.integers and linear)
+                yield drawn_case(name, d)
 
     return generate
 

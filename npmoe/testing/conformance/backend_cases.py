@@ -72,14 +72,21 @@ def verb_case(
     *,
     exact: bool = False,
     tied: bool = False,
+    tokens: int = 0,
 ) -> Case:
     """Return the case of one call of a verb."""
     shapes = ", ".join(f"{n} {'x'.join(map(str, a.shape))}" for n, a in arrays.items())
     return Case(
         arguments={"verb": verb, "recipe": json.dumps(cfg.to_dict()), **arrays},
         note=f"{verb} of {shapes}",
-        options={"exact": exact, "tied": tied},
+        options={"exact": exact, "tied": tied, "tokens": tokens},
     )
+
+
+def drawn_case(verb: str, d: Draw) -> Case:
+    """Return a case of a verb of the table."""
+    cfg, arrays = VERBS[verb].draw(d)
+    return verb_case(verb, cfg, arrays, exact=d.integers and VERBS[verb].exact, tokens=d.T)
 
 
 def arrays_of(case: Case) -> tuple[MoEConfig, tuple[HostArray, ...]]:
@@ -279,7 +286,8 @@ def square_cases(rng: np.random.Generator, effort: Effort, verb: str) -> Iterato
         if verb in VERBS:
             square = dataclasses.replace(d, H=max(2, d.H), I=max(2, d.H), T=max(1, d.T))
             cfg, arrays = VERBS[verb].draw(square)
-            yield verb_case(verb, cfg, arrays, exact=d.integers and VERBS[verb].exact)
+            exact = d.integers and VERBS[verb].exact
+            yield verb_case(verb, cfg, arrays, exact=exact, tokens=square.T)
         else:
             wide = dataclasses.replace(d, H=2 * d.I, T=max(1, d.T))
             yield _experts_case(
@@ -317,6 +325,15 @@ def _smaller_verbs(case: Case) -> Iterator[Case]:
             fewer = {n: a if n == "bias" else np.delete(a, t, axis=0) for n, a in given.items()}
             if case.options["tied"] or route_truth(cfg, dtype, *fewer.values())[1]:
                 yield verb_case(verb, cfg, fewer, tied=case.options["tied"])
+    elif verb in VERBS:
+        # Arrays of a plan depend on each other: smaller ones are drawn anew.
+        dtype = str(next(a.dtype for a in arrays_of(case)[1] if a.dtype.kind == "f"))
+        for T in range(1, min(4, case.options["tokens"])):
+            for seed in range(6):
+                rng = np.random.default_rng(seed)
+                E = 1 + seed % 3
+                sizes = {"T": T, "E": E, "K": min(E, 2), "H": 2, "I": 2}
+                yield drawn_case(verb, Draw(rng, seed, dtype, case.options["exact"], **sizes))
 
 
 def verb_truth(case: Case) -> tuple[Expected, ...]:

@@ -20,7 +20,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
        color: #1d2530; background: #fff }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #d8dee6;
-         vertical-align: top }
+         vertical-align: top } td:last-child { white-space: nowrap }
 th { background: #f2f5f9 } .ok { color: #14713d } .bad { color: #b3261e; font-weight: 600 }
 .dim { color: #667 } pre { background: #f2f5f9; padding: .8rem; overflow-x: auto; font-size: 13px }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2rem } img { max-width: 100% }

@@ -12,6 +12,7 @@ import numpy as np
 from npmoe.testing.conformance.case import Case
 
 Status = Literal["passed", "failed", "expected failure", "unexpected pass", "not run"]
+_DETAILED = 4  # failures shown with their cases; one mistake often fails many checks
 _BAD = ("failed", "unexpected pass")
 
 
@@ -88,9 +89,12 @@ class Report:
         for r in self.results:
             mark = {"passed": "ok", "failed": "FAILED", "not run": "-"}.get(r.status, r.status)
             lines.append(f"  {r.name:<{width}}  {mark:<6}  {r.cases:>4} cases  {r.seconds:6.2f} s")
-        for failure in self.failures:
+        for failure in self.failures[:_DETAILED]:
             lines += ["", f"{failure.check}: {failure.message}", f"  case: {failure.case.note}"]
             lines += [f"    {name} = {_short(v)}" for name, v in failure.case.arguments.items()]
+        more = self.failures[_DETAILED:]
+        if more:
+            lines += ["", f"and {len(more)} more: {', '.join(f.check for f in more)}"]
         lines += [f"note: {note}" for note in self.notes]
         wrong = sum(r.status in _BAD for r in self.results)
         run = sum(r.status != "not run" for r in self.results)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -17,6 +20,7 @@ from npmoe.testing.conformance.report import CheckResult, Failure, Report, Statu
 from npmoe.testing.conformance.subject import Subject
 
 _SHRINKS = 400  # calls spent on making a failing case smaller
+_COSTLY_SHRINKS = 4
 _CASES = {True: 6, False: 30}
 _BYTES = "[np.asarray(x).tobytes() for x in arguments]"
 COMPARISON = """\
@@ -169,7 +173,9 @@ def _shrink(
 ) -> tuple[Case, str]:
     """Return the smallest case found that fails the same check in the same way."""
     calls, smaller, sort = 0, True, _sort_of(finding)
-    while smaller and calls < _SHRINKS:
+    # A child process that hangs or dies costs a time limit or a new start for every call.
+    most = _COSTLY_SHRINKS if re.search(r"got (Hang|Died):", finding) else _SHRINKS
+    while smaller and calls < most:
         smaller = False
         for candidate in kind.reductions(case):
             calls += 1
@@ -177,7 +183,7 @@ def _shrink(
             if found is not None and _sort_of(found) == sort:
                 case, finding, smaller = candidate, found, True
                 break
-            if calls >= _SHRINKS:
+            if calls >= most:
                 break
     return case, finding
 
@@ -207,7 +213,10 @@ def _failure(kind: Kind, check: Check, subject: Subject, case: Case, finding: st
 
 
 def _script(kind: Kind, check: Check, subject: Subject, case: Case, finding: str) -> str:
-    module, _, function = subject.name.partition(":")
+    module, _, function = subject.name.rpartition(":")
+    folder = "."
+    if module.endswith(".py"):
+        folder, module = str(Path(module).parent), Path(module).stem
     load = []
     for i, (name, value) in enumerate(case.arguments.items()):
         if isinstance(value, np.ndarray):
@@ -238,7 +247,7 @@ from pathlib import Path
 
 import numpy as np
 {imports}
-sys.path.insert(0, ".")
+sys.path.insert(0, {folder!r})
 d = np.load(Path(__file__).with_suffix(".npz"))
 target = importlib.import_module({module!r}).{function}
 # Memory that was never written should not look like zeros.
@@ -268,4 +277,7 @@ def _result(
 
 def _name_of(function: Callable[..., Any]) -> str:
     module = getattr(function, "__module__", None) or type(function).__module__
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    if module == "__main__" and main is not None:
+        module = os.path.relpath(main)
     return f"{module}:{getattr(function, '__qualname__', type(function).__qualname__)}"
