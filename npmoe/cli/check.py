@@ -14,7 +14,12 @@ from npmoe.cli._common import check_json, write_json
 from npmoe.errors import DataError, RangeError
 from npmoe.testing.conformance.isolate import IsolatedTarget
 from npmoe.testing.conformance.page import html_page
-from npmoe.testing.conformance.registry import KINDS, check_function, kind_of
+from npmoe.testing.conformance.registry import (
+    KINDS,
+    check_function,
+    kind_of,
+    required_arguments,
+)
 from npmoe.testing.conformance.report import Report
 from npmoe.testing.conformance.targets import (
     TargetNotUsable,
@@ -108,7 +113,7 @@ def _check(options: argparse.Namespace) -> Report:
         if options.kind is None:
             kind = kind_of(function)
         if kind in KINDS:
-            check_arguments(function, KINDS[kind][1])
+            check_arguments(function, required_arguments(kind))
     except TargetNotUsable as error:
         return unusable_report(target, kind, error)
     isolated = None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kit_reproducers import reproduces
 
 import npmoe
 from npmoe import MoEConfig, MoEParams
@@ -19,8 +17,6 @@ from npmoe.testing.conformance.case import Case, Effort, Kind
 from npmoe.testing.conformance.moe_cases import moe_config
 from npmoe.testing.conformance.report import Report
 from npmoe.testing.faults.fault import Fault
-
-REPOSITORY = Path(npmoe.__file__).parents[1]
 
 
 def _experts_setup(w1: Any, w2: Any, ids: Any) -> tuple[Any, Any, Any]:
@@ -95,10 +91,11 @@ def moe_subjects(preset: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     return forward, backward
 
 
-def assert_dies(fault: Fault, report: Report) -> None:
-    """Check that a report of the fault's own check has it, as a small case."""
+def assert_dies(fault: Fault, report: Report, folder: Path) -> None:
+    """Check that a report of the fault's own check has it, as a small case that a script shows."""
     assert [f.check for f in report.failures] == [fault.check], str(report)
     assert_small(report.failures[0].case)
+    assert reproduces(report, folder)
 
 
 def assert_small(case: Case) -> None:
@@ -185,15 +182,3 @@ def _contiguous(right: Callable[..., Any]) -> Callable[..., Any]:
         return np.asarray(a.base).ravel()[: a.size].reshape(a.shape)
 
     return lambda *arguments: right(*(flat(a) for a in arguments))
-
-
-def run_script(script: Path) -> subprocess.CompletedProcess[str]:
-    """Run a reproducer alone."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(
-        [sys.executable, str(script)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )

@@ -278,6 +278,11 @@ def test_kinds_by_arguments_or_name() -> None:
     assert kind_of(right) == "grouped_gemm"
     assert kind_of(right_wgrad) == "grouped_gemm_wgrad"
 
+    def short(topk_ids, block_size, num_experts):
+        return topk_ids
+
+    assert kind_of(short) == "align"
+
     def my_experts_backward(*args):
         return args
 

@@ -111,11 +111,9 @@ class BackendProbe:
         return None if array is None else self.backend.asarray(array)
 
 
-def probe(name: str) -> BackendProbe:
-    """Return the probe of a backend by its name, or of the class "module:Class"."""
-    if ":" in name:
-        return BackendProbe(load_target(name)())
-    return BackendProbe(get_backend(name))
+def probe(name: str, cls: str | None = None) -> BackendProbe:
+    """Return the probe of a backend by its name, or of a class of the module `name`."""
+    return BackendProbe(get_backend(name) if cls is None else load_target(f"{name}:{cls}")())
 
 
 @functools.cache
@@ -327,10 +325,10 @@ def is_fused(backend: Any) -> bool:
     return isinstance(backend, FusedExperts)
 
 
-def resolve(backend: Any) -> tuple[Backend, str]:
-    """Return the backend of a name, class or instance, and how a script gets it again."""
+def resolve(backend: Any) -> tuple[Backend, tuple[str, ...]]:
+    """Return the backend of a name, class or instance, and the arguments of `probe` for it."""
     if isinstance(backend, str):
-        return get_backend(backend), backend
+        return get_backend(backend), (backend,)
     instance = backend() if isinstance(backend, type) else backend
     if not isinstance(instance, Backend):
         missing = [n for n in dir(Backend) if not n.startswith("_") and not hasattr(instance, n)]
@@ -339,4 +337,4 @@ def resolve(backend: Any) -> tuple[Backend, str]:
             f"{type(instance).__name__} without {', '.join(missing)}."
         )
     cls = type(instance)
-    return instance, f"{cls.__module__}:{cls.__qualname__}"
+    return instance, (cls.__module__, cls.__qualname__)

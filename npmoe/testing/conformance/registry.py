@@ -46,6 +46,16 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+# Kinds whose last argument is left out of calls that do not need it.
+_LAST_IS_OPTIONAL = ("align", "block_gemm")
+
+
+def required_arguments(kind: str) -> tuple[str, ...]:
+    """Return the arguments that every subject of a kind must take."""
+    arguments = KINDS[kind][1]
+    return arguments[:-1] if kind in _LAST_IS_OPTIONAL else arguments
+
+
 def check_function(kind: str) -> Callable[..., Report]:
     """Return ``check_<kind>``; unknown names raise RangeError."""
     if kind == "backend":
@@ -74,7 +84,7 @@ def kind_of(function: Callable[..., Any]) -> str:
         names = tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         names = ()
-    fits = [kind for kind, (_, arguments) in KINDS.items() if names and names == arguments]
+    fits = [k for k in KINDS if names and names in (KINDS[k][1], required_arguments(k))]
     if not fits:
         own = getattr(function, "__name__", "")
         named = [kind for kind in KINDS if kind in own]
