@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from kit_reproducers import reproduces
 from kit_runs import assert_dies, loose_bounds
 
 from npmoe import BackendUnavailableError, RangeError, ops
@@ -202,9 +203,13 @@ class Flat(ReferenceBackend):
     ],
     ids=lambda v: v if isinstance(v, str) else v.name,
 )
-def test_every_other_check_can_fail(subject: type[ReferenceBackend], check: str) -> None:
+def test_every_other_check_can_fail(
+    subject: type[ReferenceBackend], check: str, tmp_path: Path
+) -> None:
     report = check_backend(subject, only=[check], quick=True)
     assert [f.check for f in report.failures] == [check], str(report)
+    if subject.name != "damaged":
+        assert reproduces(report, tmp_path)
 
 
 def test_composed_routes_of_a_fused_backend_can_fail() -> None:

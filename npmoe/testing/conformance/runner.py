@@ -213,7 +213,7 @@ def _failure(kind: Kind, check: Check, subject: Subject, case: Case, finding: st
 
 
 def _script(kind: Kind, check: Check, subject: Subject, case: Case, finding: str) -> str:
-    module, _, function = subject.name.rpartition(":")
+    module, _, function = subject.name.partition(":")
     folder = "."
     if module.endswith(".py"):
         folder, module = str(Path(module).parent), Path(module).stem
