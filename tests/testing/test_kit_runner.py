@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npmoe import RangeError
+from npmoe import BackendUnavailableError, RangeError
 from npmoe.testing.conformance.case import Case, Effort, Expected, Finding, compare
 from npmoe.testing.conformance.gemm import (
     GROUPED_GEMM,
@@ -180,6 +180,15 @@ def test_settings_that_make_no_sense() -> None:
         assert str(caught.value).startswith(f"check_grouped_gemm: {words}")
     with pytest.raises(RangeError, match="array must be one of 'numpy', 'torch', 'cupy' or a func"):
         check_grouped_gemm(right, array="tensor")
+
+
+def test_a_missing_array_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(BackendUnavailableError) as caught:
+        check_grouped_gemm(right, array="cupy")
+    assert str(caught.value) == (
+        "check: package cupy must be installed for array='cupy', got none."
+    )
 
 
 def test_stop_after_the_first_failure() -> None:

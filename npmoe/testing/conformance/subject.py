@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from npmoe._typing import HostArray
-from npmoe.errors import RangeError
+from npmoe.errors import BackendUnavailableError, RangeError
 from npmoe.testing.conformance.case import Case, Expected, Finding
 
 ARRAYS = ("numpy", "torch", "cupy")
@@ -137,14 +138,21 @@ def array_converter(array: str | Callable[[HostArray], Any]) -> Callable[[HostAr
     if array == "numpy":
         return lambda x: x
     if array == "torch":
-        import torch  # noqa: PLC0415
-
+        torch = _package("torch")
         return lambda x: torch.from_numpy(np.ascontiguousarray(x).copy())
     if array == "cupy":
-        import cupy  # noqa: PLC0415
-
-        to_device: Callable[[HostArray], Any] = cupy.asarray
+        to_device: Callable[[HostArray], Any] = _package("cupy").asarray
         return to_device
     raise RangeError(
         f"check: array must be one of {', '.join(map(repr, ARRAYS))} or a function, got {array!r}."
     )
+
+
+def _package(name: str) -> Any:
+    """Import an array package, or say what is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"check: package {name} must be installed for array={name!r}, got none."
+        ) from error
