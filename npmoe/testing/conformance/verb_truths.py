@@ -197,9 +197,10 @@ def draw_plan(d: Draw) -> tuple[MoEConfig, dict[str, HostArray]]:
     """Return ids with holes, often with a capacity, and weights with ties."""
     policies = ["position", "k_major", "batch_priority", "probability"][: 4 if d.K > 1 else 1]
     fields: dict[str, Any] = {}
-    if d.rng.random() < 0.6:
-        fields = {"expert_capacity": int(d.rng.integers(0, d.T + 1))}
-        fields["drop_policy"] = str(d.rng.choice(policies))
+    if d.index % 3:
+        # Seldom enough for all.
+        fields = {"expert_capacity": int(d.rng.integers(0, max(1, d.T * d.K // (2 * d.E)) + 1))}
+        fields["drop_policy"] = policies[d.index % len(policies)]
     weights = d.rng.choice([0.125, 0.25, 0.5, 0.75], (d.T, d.K)).astype(d.dtype)
     return d.config(**fields), {"topk_ids": d.ids(), "topk_weights": weights}
 
