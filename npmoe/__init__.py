@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from npmoe import losses
     from npmoe.backends import available_backends, get_backend, use_backend
     from npmoe.balancing import LoadCounter, update_selection_bias
-    from npmoe.blocks import BlockPlan, align_block_size, align_block_size_batched
     from npmoe.capacity import expert_capacity
     from npmoe.config import MoEConfig
     from npmoe.dispatch import DispatchPlan
@@ -44,7 +43,8 @@ if TYPE_CHECKING:
     from npmoe.layer import MoELayer, moe_backward, moe_forward
     from npmoe.model_presets import preset, presets
     from npmoe.params import MoEGrads, MoEParams, init_params
-    from npmoe.plan_validation import PlanFinding, validate_batched_plan, validate_plan
+    from npmoe.plans.blocks import BlockPlan, align_block_size, align_block_size_batched
+    from npmoe.plans.validation import PlanFinding, validate_batched_plan, validate_plan
     from npmoe.routing import Routing
     from npmoe.saved import SavedTensors
     from npmoe.stats import LoadStats
@@ -97,7 +97,7 @@ __all__ = [
 _HOMES = {
     "balancing": ("LoadCounter", "update_selection_bias"),
     "backends": ("available_backends", "get_backend", "use_backend"),
-    "blocks": ("BlockPlan", "align_block_size", "align_block_size_batched"),
+    "plans.blocks": ("BlockPlan", "align_block_size", "align_block_size_batched"),
     "capacity": ("expert_capacity",),
     "config": ("MoEConfig",),
     "dispatch": ("DispatchPlan",),
@@ -110,7 +110,7 @@ _HOMES = {
     "finite_differences": ("GradcheckReport", "gradcheck"),
     "layer": ("MoELayer", "moe_backward", "moe_forward"),
     "params": ("MoEGrads", "MoEParams", "init_params"),
-    "plan_validation": ("PlanFinding", "validate_batched_plan", "validate_plan"),
+    "plans.validation": ("PlanFinding", "validate_batched_plan", "validate_plan"),
     "model_presets": ("preset", "presets"),
     "routing": ("Routing",),
     "saved": ("SavedTensors",),

@@ -11,9 +11,9 @@ import numpy as np
 from npmoe._checks import require
 from npmoe._figures import new_figure, save_figure
 from npmoe._typing import HostArray
-from npmoe.blocks import BlockPlan, check_size
 from npmoe.dispatch import DispatchPlan
-from npmoe.plan_tables import to_blocks
+from npmoe.plans.blocks import BlockPlan, check_size
+from npmoe.plans.tables import to_blocks
 
 _COLOURS = ("#8fbbe0", "#f7b26f", "#90d08b", "#e79a97", "#c2a8e0", "#c9a99c", "#efb3d9", "#d8da7c")
 _NO_EXPERT, _PADDING, _FAINT = "#c8c8c8", "#f4f4f4", "#a0a0a0"

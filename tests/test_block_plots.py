@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from npmoe import block_plots
-from npmoe.blocks import BlockPlan, align_block_size
 from npmoe.dispatch import plan_dispatch
 from npmoe.errors import BackendUnavailableError, CheckpointError, DTypeError, RangeError
+from npmoe.plans.blocks import BlockPlan, align_block_size
 from npmoe.plots import blocks_text, plot_blocks
 
 image = pytest.importorskip("matplotlib.image")

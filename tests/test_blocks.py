@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npmoe
-from npmoe.blocks import align_block_size, align_block_size_batched
 from npmoe.errors import DTypeError, PlanError, RangeError, ShapeError
-from npmoe.expert_maps import make_expert_map
 from npmoe.naive import blocks as definition
+from npmoe.plans.blocks import align_block_size, align_block_size_batched
+from npmoe.plans.expert_maps import make_expert_map
 
 EXAMPLE = np.array([[2, 0], [2, 1], [0, 2]], np.int32)
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npmoe.blocks import align_block_size
 from npmoe.dispatch import DispatchPlan, capacity_slots, plan_dispatch
 from npmoe.errors import PlanError
-from npmoe.plan_layouts import (
+from npmoe.plans.blocks import align_block_size
+from npmoe.plans.layouts import (
     ScatterMoEPlan,
     from_group_sizes,
     from_megablocks,
@@ -26,7 +26,7 @@ from npmoe.plan_layouts import (
     to_sonic,
     to_torch_offsets,
 )
-from npmoe.plan_tables import (
+from npmoe.plans.tables import (
     from_blocks,
     from_capacity_slots,
     from_routing_map,

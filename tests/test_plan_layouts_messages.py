@@ -10,7 +10,7 @@ import pytest
 
 from npmoe.dispatch import plan_dispatch
 from npmoe.errors import DTypeError, PlanError, RangeError, ShapeError
-from npmoe.plan_layouts import (
+from npmoe.plans.layouts import (
     MegaBlocksPlan,
     from_group_sizes,
     from_megablocks,
@@ -21,7 +21,7 @@ from npmoe.plan_layouts import (
     to_scattermoe,
     to_sonic,
 )
-from npmoe.plan_tables import (
+from npmoe.plans.tables import (
     from_blocks,
     from_capacity_slots,
     from_routing_map,

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import npmoe
 from npmoe import naive, validate_batched_plan, validate_plan
-from npmoe.blocks import BlockPlan, align_block_size, align_block_size_batched
 from npmoe.naive import blocks as definition
-from npmoe.plan_validation import INVARIANTS
+from npmoe.plans.blocks import BlockPlan, align_block_size, align_block_size_batched
+from npmoe.plans.validation import INVARIANTS
 
 
 def test_the_builder_builds_the_right_plan() -> None:
@@ -317,6 +317,6 @@ def test_the_validator_does_not_ask_our_own_alignment(monkeypatch: pytest.Monkey
         raise AssertionError
 
     for name in ("align_block_size", "fill_blocks", "rows_allocated", "one_route_blocks"):
-        monkeypatch.setattr(npmoe.blocks, name, refuse)
+        monkeypatch.setattr(npmoe.plans.blocks, name, refuse)
     assert validate_plan(build(), **QUESTION) == []
     assert naive.blocks is definition

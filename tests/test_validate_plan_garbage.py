@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from npmoe import align_block_size, validate_batched_plan, validate_plan
 from npmoe.errors import DTypeError, PlanError, RangeError, ShapeError
-from npmoe.plan_validation import INVARIANTS
+from npmoe.plans.validation import INVARIANTS
 
 GARBAGE = (
     hnp.arrays(

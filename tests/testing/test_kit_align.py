@@ -9,8 +9,8 @@ import pytest
 from kit_reproducers import reproduces
 
 from npmoe import RangeError
-from npmoe.blocks import align_block_size
 from npmoe.naive import blocks as naive
+from npmoe.plans.blocks import align_block_size
 from npmoe.testing.conformance.align import align_kind, check_align
 from npmoe.testing.faults.align import FAULTS
 

@@ -9,9 +9,9 @@ from typing import Any, Unpack
 import numpy as np
 
 from npmoe._checks import require
-from npmoe.blocks import BLOCK_DIALECTS, BlockDialect, InvalidRoutes
 from npmoe.naive.blocks import align_block_size
-from npmoe.plan_validation import PlanFinding, validate_plan
+from npmoe.plans.blocks import BLOCK_DIALECTS, BlockDialect, InvalidRoutes
+from npmoe.plans.validation import PlanFinding, validate_plan
 from npmoe.testing.conformance import align_cases as cases
 from npmoe.testing.conformance.case import Call, Case, Check, Expected, Finding, Kind
 from npmoe.testing.conformance.draw import read_only
@@ -293,7 +293,7 @@ def check_align(
     """Check ``fn(topk_ids (T,K), block_size, num_experts, expert_map=None)``.
 
     It returns sorted_token_ids, expert_ids and num_tokens_post_padded, a number or an array of
-    one. The plan is judged by the invariants of `npmoe.plan_validation`, not by one answer.
+    one. The plan is judged by the invariants of `npmoe.plans.validation`, not by one answer.
 
     Parameters
     ----------

@@ -89,7 +89,7 @@ def _plan_picture(failure: Failure) -> str:
 
 
 def _draw(topk_ids: HostArray, block_size: int, num_experts: int) -> str:
-    from npmoe.blocks import align_block_size  # noqa: PLC0415  # needed for a picture only
+    from npmoe.plans.blocks import align_block_size  # noqa: PLC0415  # needed for a picture only
     from npmoe.plots import plot_blocks  # noqa: PLC0415
 
     plan = align_block_size(topk_ids, block_size, num_experts)

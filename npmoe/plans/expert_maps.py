@@ -8,7 +8,7 @@ import numpy as np
 
 from npmoe._checks import require
 from npmoe._typing import HostArray
-from npmoe.blocks import check_size
+from npmoe.plans.blocks import check_size
 
 
 def make_expert_map(

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 
 from npmoe._checks import Axes, check_integer_ids
-from npmoe._plan_invariants import (
+from npmoe._typing import HostArray
+from npmoe.errors import PlanError
+from npmoe.plans.blocks import (
+    BlockDialect,
+    InvalidRoutes,
+    check_dialect,
+    check_expert_map,
+    check_size,
+)
+from npmoe.plans.invariants import (
     INVARIANTS,
     Contract,
     Findings,
@@ -16,15 +25,6 @@ from npmoe._plan_invariants import (
     check_lengths,
     read_integers,
 )
-from npmoe._typing import HostArray
-from npmoe.blocks import (
-    BlockDialect,
-    InvalidRoutes,
-    check_dialect,
-    check_expert_map,
-    check_size,
-)
-from npmoe.errors import PlanError
 
 __all__ = ["INVARIANTS", "PlanFinding", "validate_batched_plan", "validate_plan"]
 

@@ -6,7 +6,9 @@ import numpy as np
 
 from npmoe._checks import Axes, check_integer_ids
 from npmoe._typing import HostArray
-from npmoe.blocks import (
+from npmoe.dispatch import DispatchPlan
+from npmoe.errors import PlanError, ShapeError
+from npmoe.plans.blocks import (
     BlockDialect,
     BlockPlan,
     check_dialect,
@@ -16,9 +18,7 @@ from npmoe.blocks import (
     one_route_blocks,
     rows_allocated,
 )
-from npmoe.dispatch import DispatchPlan
-from npmoe.errors import PlanError, ShapeError
-from npmoe.plan_layouts import plan_from_rows
+from npmoe.plans.layouts import plan_from_rows
 
 
 def to_blocks(plan: DispatchPlan, *, block_size: int, dialect: BlockDialect = "vllm") -> BlockPlan:

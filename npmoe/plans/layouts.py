@@ -14,9 +14,9 @@ import numpy as np
 
 from npmoe._checks import Axes, check_integer_ids
 from npmoe._typing import HostArray
-from npmoe.blocks import check_size
 from npmoe.dispatch import DispatchPlan
 from npmoe.errors import PlanError
+from npmoe.plans.blocks import check_size
 
 
 class MegaBlocksPlan(NamedTuple):
