@@ -23,10 +23,11 @@ def plot_routing(
     path: str | Path,
     *,
     plan: DispatchPlan | None = None,
-    soft: bool = False,
     max_tokens: int = 64,
 ) -> None:
     """Draw which token went to which expert and with which weight, over faint probabilities.
+
+    Soft routing is drawn as the combine weights of all slots.
 
     Parameters
     ----------
@@ -36,8 +37,6 @@ def plot_routing(
         A PNG file.
     plan : DispatchPlan, optional
         Of the same call: choices that it dropped are crossed out.
-    soft : bool
-        Whether this is soft routing, drawn as the combine weights of all slots.
     max_tokens : int
         Only the first tokens are drawn.
 
@@ -46,7 +45,7 @@ def plot_routing(
     RangeError
         If `max_tokens` is not positive, or there is no token.
     ShapeError
-        If the plan is of another call, or soft routing comes without `soft`.
+        If the plan is of another call.
     BackendUnavailableError
         If matplotlib is not installed.
     CheckpointError
@@ -55,11 +54,7 @@ def plot_routing(
     require(max_tokens >= 1, f"plot_routing: max_tokens must be at least 1, got {max_tokens}.")
     num_tokens, size = routing.probs.shape
     require(num_tokens > 0, "plot_routing: routing must hold tokens, got none.")
-    if not soft and routing.topk_ids.shape[0] != num_tokens:
-        raise ShapeError(
-            f"plot_routing: routing.topk_ids must have shape (T, K) with T = {num_tokens}, got "
-            f"{routing.topk_ids.shape}. Pass soft=True for soft routing."
-        )
+    soft = routing.score_fn == "soft"
     if plan is not None and plan.row_ids.shape != routing.topk_ids.shape:
         raise ShapeError(
             f"plot_routing: plan.row_ids must have shape {routing.topk_ids.shape}, got "

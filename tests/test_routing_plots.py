@@ -81,9 +81,7 @@ def test_a_long_routing_is_cut(tmp_path, drawn):
 
 def test_soft_routing_is_drawn_by_slots(tmp_path, drawn):
     saved = call(routing="soft", expert_capacity=3, top_k=1)
-    with pytest.raises(ShapeError, match=r"with T = 10, got \(12, 1\)\. Pass soft=True for soft"):
-        plots.plot_routing(saved.routing, tmp_path / "routing.png")
-    plots.plot_routing(saved.routing, tmp_path / "routing.png", soft=True)
+    plots.plot_routing(saved.routing, tmp_path / "routing.png")
     assert drawn[0].get_xlabel() == "slot (white lines part the experts)"
     assert [line.get_xdata()[0] for line in drawn[0].get_lines()] == [2.5, 5.5, 8.5]
     assert np.array_equal(drawn[0].get_images()[1].get_array(), saved.routing.probs)

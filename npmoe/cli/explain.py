@@ -207,7 +207,7 @@ def _draw(case: _Case, folder: Path, backend: Backend) -> None:
         return
     soft = case.cfg.routing == "soft"
     plan = None if soft else saved.plan
-    plots.plot_routing(saved.routing, folder / "routing.png", plan=plan, soft=soft)
+    plots.plot_routing(saved.routing, folder / "routing.png", plan=plan)
     if soft:
         return
     stats = saved.stats()
