@@ -50,6 +50,15 @@ def test_a_failing_test_shows_the_report() -> None:
         first()
 
 
+def test_subjects_may_come_without_their_kind() -> None:
+    mark = parametrize_with_checks([product, "reference"], quick=True)
+    names = [param.id for param in mark.args[1]]
+    assert "grouped_gemm-no-rows" in names
+    assert "backend-no-tokens" in names
+    report = testing.check_grouped_gemm(FAULTS[0].subject, quick=True)
+    assert len(report.failures[0].case["x_sorted"]) <= 4
+
+
 def test_public_names() -> None:
     assert {f"check_{kind}" for kind in (*KINDS, "backend")} < set(testing.__all__)
     for name in testing.__all__:

@@ -29,6 +29,10 @@ class Case:
     note: str
     options: dict[str, Any]
 
+    def __getitem__(self, name: str) -> Any:
+        """Return one argument."""
+        return self.arguments[name]
+
     def replace(self, **arguments: Any) -> Case:
         """Return the case with some arguments changed."""
         return Case(

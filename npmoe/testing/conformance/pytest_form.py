@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from npmoe.testing.conformance.registry import check_function
+from npmoe.testing.conformance.registry import check_function, kind_of
 from npmoe.testing.conformance.report import Report
 
 
@@ -26,7 +26,7 @@ class OneCheck:
 
 
 def parametrize_with_checks(
-    subjects: Iterable[tuple[str, Any]],
+    subjects: Iterable[Any],
     *,
     expected_failed_checks: dict[str, str] | None = None,
     **options: Any,
@@ -35,8 +35,9 @@ def parametrize_with_checks(
 
     Parameters
     ----------
-    subjects : iterable of (kind, subject)
-        For example ``[("align", my_align), ("combine", my_combine), ("backend", "numpy")]``.
+    subjects : iterable
+        Pairs (kind, subject), names or instances of backends, or functions whose kind is clear
+        from their arguments: ``[("align", my_align), "numpy", my_combine]``.
     expected_failed_checks : dict of str to str, optional
         Known failures with reasons: strict expected failures (xfail) in pytest.
     **options
@@ -55,7 +56,7 @@ def parametrize_with_checks(
 
     known = expected_failed_checks or {}
     cases = []
-    for kind, subject in subjects:
+    for kind, subject in map(_with_kind, subjects):
         check = check_function(kind)
         for name in check_names(kind, subject, **options):
 
@@ -66,6 +67,16 @@ def parametrize_with_checks(
             marks = [pytest.mark.xfail(reason=known[name], strict=True)] if name in known else []
             cases.append(pytest.param(OneCheck(kind, name, run), id=f"{kind}-{name}", marks=marks))
     return pytest.mark.parametrize("check", cases)
+
+
+def _with_kind(subject: Any) -> tuple[str, Any]:
+    """Return (kind, subject)."""
+    if isinstance(subject, tuple):
+        kind, function = subject
+        return kind, function
+    if isinstance(subject, str) or hasattr(subject, "accelerates"):
+        return "backend", subject
+    return kind_of(subject), subject
 
 
 def check_names(kind: str, subject: Any, **options: Any) -> list[str]:
