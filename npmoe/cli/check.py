@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -102,9 +103,9 @@ def _check(options: argparse.Namespace) -> Report:
         "seed": options.seed,
         "dtype": options.dtype,
         "expected_failed_checks": _ledger(options.ledger),
-        **_settings(options.set),
     }
     if options.kind == "backend" or (options.kind is None and ":" not in target):
+        settings |= _settings("backend", options.set)
         with _progress() as say:
             return check_function("backend")(target, progress=say, **settings)
     kind = options.kind or "unknown"
@@ -116,6 +117,7 @@ def _check(options: argparse.Namespace) -> Report:
             check_arguments(function, required_arguments(kind))
     except TargetNotUsable as error:
         return unusable_report(target, kind, error)
+    settings |= _settings(kind, options.set)
     isolated = None
     if options.isolate:
         isolated = function = IsolatedTarget(
@@ -153,13 +155,19 @@ def _run_faults(options: argparse.Namespace) -> list[Kill]:
     return kills
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """Return NAME=VALUE pairs as keywords; values are JSON where they parse as such."""
+def _settings(kind: str, pairs: list[str]) -> dict[str, Any]:
+    """Return NAME=VALUE pairs as keywords of a check; values are JSON where they parse as such."""
     found: dict[str, Any] = {}
+    known = list(inspect.signature(check_function(kind)).parameters)[1:-1]
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise RangeError(f"check: --set must be NAME=VALUE, got {pair!r}.")
+        if name not in known:
+            raise RangeError(
+                f"check: --set must name an option of check_{kind}, got {name!r}. "
+                f"Options: {', '.join(known) or 'none'}."
+            )
         try:
             found[name] = json.loads(text)
         except json.JSONDecodeError:

@@ -120,6 +120,10 @@ def test_targets_that_cannot_be_called_are_findings(theirs, target, options, wor
         (["numpy", "--faults"], "TARGET or --faults must be given, and not both."),
         (["{0}:two"], "the kind must be clear from the arguments or the name of the function"),
         (["{0}:product", "--set", "dialect"], "--set must be NAME=VALUE, got 'dialect'."),
+        (
+            ["{0}:product", "--set", "dialect=x"],
+            "--set must name an option of check_grouped_gemm, got 'dialect'. Options: none.",
+        ),
         (["{0}:product", "--ledger", "gone.json"], "--ledger: gone.json must be readable JSON"),
         (["{0}:product", "--seed", "-1"], "seed must be an integer >= 0, got -1."),
         (["numbda"], "backend must name a known backend, got 'numbda'"),
