@@ -95,7 +95,8 @@ def plot_routing(
         panel.axhspan(t - 0.5, t + 0.5, facecolor="none", edgecolor="gray", hatch="////", lw=0)
     unit = "slot (white lines part the experts)" if soft else "expert"
     rest = "" if shown == num_tokens else f", first {shown} of {num_tokens} tokens"
-    what = "colour: combine weight" + ("" if soft else " of a choice; gray: score of the others")
+    # Two lines: with few experts the panel is narrow.
+    what = "colour: combine weight" + ("" if soft else " of a choice\ngray: score of the others")
     marks = [
         *(["red cross: dropped"] if dropped else []),
         *(["hatched: masked"] if _masked(routing)[:shown].any() else []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,15 @@ def test_jax_ragged_dot(tmp_path: Path) -> None:
     bare = check_grouped_gemm(real_subjects.jax_ragged_dot, quick=True, only=list(JAX_LEDGER))
     assert len(bare.write(tmp_path)) == 1  # a reproducer, for whoever wants to see it
     assert "got nan" in bare.failures[0].message
+
+
+def test_tensors_from_the_command_line(tmp_path: Path, capsys, monkeypatch) -> None:
+    from npmoe.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    ledger = tmp_path / "ledger.json"
+    ledger.write_text(json.dumps({"unrouted-tokens-are-not-read": UNROUTED}), encoding="utf-8")
+    target = f"{Path(__file__).with_name('real_subjects.py')}:hf_eager"
+    options = ["--as", "experts", "--array", "torch", "--quick", "--ledger", str(ledger)]
+    assert main(["check", target, *options]) == 0
+    assert "27 of 27 checks passed" in capsys.readouterr().out
