@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from npmoe._checks import Axes, check_integer_ids, require
+from npmoe._checks import Axes, check_integer_ids, check_same_dtype, require
 from npmoe._typing import HostArray
 from npmoe.errors import PlanError, RangeError
 from npmoe.params import MoEParams
@@ -44,8 +44,9 @@ def fuse_shared_experts(
     Parameters
     ----------
     params : MoEParams
-        With a shared expert that is added as it is: no shared_gate_weight. That it has the
-        activation of the routed experts, and that the two are summed, is not checked.
+        With a shared expert that is added as it is: no shared_gate_weight. Its arrays have the
+        dtype of the routed experts', also if that is half precision. That it has their
+        activation, and that the two are summed, is not checked.
     topk_ids : (T, K) integer array
         Below E, or -1.
     topk_weights : (T, K) float array
@@ -198,6 +199,10 @@ def _check_shared(function: str, params: MoEParams) -> tuple[HostArray, HostArra
     axes.check("params.gate_up_proj", params.gate_up_proj, "E", "2*I" if gated else "I", "H")
     axes.check("params.shared_down_proj", down, "H", "S")
     axes.check("params.shared_gate_up_proj", gate_up, "2*S" if gated else "S", "H")
+    for name, array in (("shared_gate_up_proj", gate_up), ("shared_down_proj", down)):
+        routed = name.removeprefix("shared_")
+        dtype, source = getattr(params, routed).dtype, f"params.{routed}"
+        check_same_dtype(function, f"params.{name}", array, dtype, source)
     S = down.shape[1]
     if I < 1 or S < 1 or S % I:
         raise RangeError(

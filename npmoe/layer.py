@@ -70,7 +70,8 @@ def moe_forward(
         float32 or float64, of the backend's array type. Leading axes are flattened to T tokens;
         axis -2 is the sequence.
     params : MoEParams
-        Arrays of the same dtype and array type.
+        Arrays of the same dtype and array type; beside float32, gate_up_proj and down_proj may
+        be float16 or bfloat16.
     cfg : MoEConfig
         Which function to compute.
     backend : str, Backend or None
@@ -107,8 +108,8 @@ def moe_forward(
     -----
     **Cost**: 2*T*E*H + 2*R*H*(2I + I) flops for SwiGLU; each used expert is read once.
     **Accuracy**: gamma_H through the first, gamma_I through the second product and gamma_K in
-    the sum, in the dtype of the input. **Order**: slots are summed in ascending order; bitwise
-    reproducible for one BLAS and thread count.
+    the sum, in the dtype of the input, whatever that of the expert weights. **Order**: slots are
+    summed in ascending order; bitwise reproducible for one BLAS and thread count.
 
     References
     ----------
@@ -161,16 +162,16 @@ def moe_backward(
     grad_router_logits : (T, N) float array, optional
         Gradient that auxiliary losses add to the router logits, in their dtype.
     out : MoEParams or MoEGrads, optional
-        Arrays to write parameter gradients into, for example the result of the previous step.
-        The gradient of hidden_states is always new.
+        Arrays to write parameter gradients into, for example the result of the previous step,
+        of the dtype of hidden_states. The gradient of hidden_states is always new.
     accumulate : bool
         Add to `out` instead of overwriting it; needs `out`.
 
     Returns
     -------
     MoEGrads
-        New arrays, or those of `out`. Experts without rows get exactly zero (with `accumulate`:
-        nothing is added).
+        New arrays, or those of `out`, of the dtype of hidden_states. Experts without rows get
+        exactly zero (with `accumulate`: nothing is added).
 
     Raises
     ------

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from npmoe._half import is_half
 from npmoe._typing import Array, array_namespace
 from npmoe.activations import Activation, bind_activation, sigmoid
 from npmoe.config import MoEConfig
@@ -178,6 +179,7 @@ def grouped_gemm(
     ----------
     x : (R, N) float array, or (R, M) if transposed
     weight : (E, M, N) float array
+        Of the dtype of x; float16 or bfloat16 beside float32.
     plan : DispatchPlan
     bias : (E, M) float array, optional
         Not together with `transposed`.
@@ -190,12 +192,14 @@ def grouped_gemm(
 
     Notes
     -----
-    **Cost**: 2*R*M*N flops; reads each used expert once. **Accuracy**: gamma_N (gamma_M).
+    **Cost**: 2*R*M*N flops; reads each used expert once, and holds one of them as float32 if they
+    are in half precision. **Accuracy**: gamma_N (gamma_M) in the dtype of x: conversion is exact.
     """
     xp = array_namespace(x)
     y = xp.empty((plan.num_rows, weight.shape[2 if transposed else 1]), dtype=x.dtype)
     for e, rows in expert_rows(plan):
-        xp.matmul(x[rows], weight[e] if transposed else weight[e].T, out=y[rows])
+        matrix = expert_matrix(weight, e)
+        xp.matmul(x[rows], matrix if transposed else matrix.T, out=y[rows])
         if bias is not None:
             y[rows] += bias[e]
     return y
@@ -212,7 +216,8 @@ def grouped_gemm_wgrad(
     """Return every expert's weight gradient ``grad_y[rows].T @ x[rows]`` (E, M, N).
 
     Experts without rows get exact zeros. With `out` the result is written there, and with
-    `accumulate` added to it. **Cost**: 2*R*M*N flops, E*M*N numbers written.
+    `accumulate` added to it. It has the dtype of x, whatever that of the weights.
+    **Cost**: 2*R*M*N flops, E*M*N numbers written.
     """
     xp = array_namespace(x)
     shape = (plan.num_experts, grad_y.shape[1], x.shape[1])
@@ -282,6 +287,12 @@ def store(value: Array, out: Array | None, accumulate: bool) -> Array:
     else:
         out[...] = value
     return out
+
+
+def expert_matrix(weight: Array, e: int) -> Array:
+    """Return the matrix of expert e; from half precision a float32 copy, which is exact."""
+    matrix = weight[e]
+    return matrix.astype("float32") if is_half(weight.dtype) else matrix
 
 
 def expert_rows(plan: DispatchPlan) -> Iterator[tuple[int, slice]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from npmoe._checks import Axes, check_float, check_same_dtype
+from npmoe._half import is_half
 from npmoe._typing import Array, HostArray
 from npmoe.config import MoEConfig
 from npmoe.errors import DTypeError, ShapeError
@@ -24,13 +25,19 @@ class MoEParams:
     routing; S the size of the shared expert. What holds 2I or 2S rows holds I or S for an
     activation without a gate half.
 
+    All arrays share the dtype of the layer's input, float32 or float64. Beside float32 the two
+    matrices of the routed experts, gate_up_proj and down_proj, may both be float16 or both
+    bfloat16 (of the package ml_dtypes): storage, read as the float32 numbers that they are, one
+    expert at a time.
+
     Attributes
     ----------
     router_weight : (N, H) float array
         (E*C, H) for soft routing, expert by expert.
-    gate_up_proj : (E, 2I, H) float array
+    gate_up_proj : (E, 2I, H) float array, or half precision
         Gate in the first half.
-    down_proj : (E, H, I) float array
+    down_proj : (E, H, I) float array, or half precision
+        Of the dtype of gate_up_proj.
     router_bias : (N,) float array or None
     selection_bias : (N,) float array or None
         Takes part in the choice alone and has no gradient.
@@ -61,7 +68,8 @@ class MoEParams:
 class MoEGrads(MoEParams):
     """Gradients: the fields of MoEParams, and that of the layer's input.
 
-    A field is None exactly where the parameter is None; `selection_bias` always is.
+    A field is None exactly where the parameter is None; `selection_bias` always is. The dtype is
+    that of the layer's input, also for gradients of expert matrices in half precision.
 
     Attributes
     ----------
@@ -91,7 +99,8 @@ def init_params(
         The router, each expert and the shared expert get a stream of their own, so that adding
         experts never changes the first ones.
     dtype : {"float32", "float64"}
-        Values are drawn in float64 and rounded.
+        Values are drawn in float64 and rounded. For expert matrices in half precision, draw
+        float32 and convert gate_up_proj and down_proj with astype.
 
     Returns
     -------
@@ -226,7 +235,36 @@ def check_params(
             option = _OPTIONS.get(name)
             why = f"cfg.{option} is {getattr(cfg, option)!r}." if option else "Every config has it."
             raise ShapeError(f"{function}: {label}.{name} must be {state}, got {got}. {why}")
-        if array is not None:
-            check_float(function, f"{label}.{name}", array)
-            axes.check(f"{label}.{name}", array, *expected[name])
-            check_same_dtype(function, f"{label}.{name}", array, dtype, source)
+        if array is None:
+            continue
+        what = f"{label}.{name}"
+        matrix = name in ("gate_up_proj", "down_proj")
+        if matrix:
+            _check_matrix_dtype(function, what, array, dtype, source)
+        else:
+            check_float(function, what, array)
+        axes.check(what, array, *expected[name])
+        if not (matrix and is_half(array.dtype)):
+            check_same_dtype(function, what, array, dtype, source)
+    first = f"{label}.gate_up_proj"
+    check_same_dtype(
+        function, f"{label}.down_proj", params.down_proj, params.gate_up_proj.dtype, first
+    )
+
+
+def _check_matrix_dtype(function: str, what: str, array: Any, dtype: Any, source: str) -> None:
+    """Raise DTypeError unless a matrix of the routed experts is float, or half beside float32."""
+    given = getattr(array, "dtype", None)
+    if not is_half(given):
+        check_float(function, what, array)
+    elif what.startswith("out."):
+        raise DTypeError(
+            f"{function}: {what} must have dtype {dtype}, got {given}. Gradients of expert "
+            f"weights have the dtype of {source}. Allocate it with that dtype."
+        )
+    elif dtype != np.float32:
+        raise DTypeError(
+            f"{function}: {what} must have dtype {dtype}, got {given}. The dtype is bound by "
+            f"{source}; expert weights in half precision need float32 there. Convert one of them "
+            "with astype."
+        )

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from npmoe._typing import Array
-from npmoe.backends import Backend, ExpertGrads, FusedExperts
+from npmoe.backends import Backend, ExpertGrads
 from npmoe.capacity import stretch_capacities
 from npmoe.config import MoEConfig
 from npmoe.dispatch import DispatchPlan
@@ -160,14 +160,14 @@ def routed_backward(
 
 def forward_experts(run: Backend) -> partial[tuple[Array, Array]]:
     """Return the backend's fused expert core, or the one composed from its verbs."""
-    if isinstance(run, FusedExperts):
+    if hasattr(run, "experts_forward"):  # isinstance of a protocol takes longer than a token
         return partial(run.experts_forward)
     return partial(compose_forward, run)
 
 
 def backward_experts(run: Backend) -> partial[ExpertGrads]:
     """Return the backward of `forward_experts`."""
-    if isinstance(run, FusedExperts):
+    if hasattr(run, "experts_backward"):
         return partial(run.experts_backward)
     return partial(compose_backward, run)
 

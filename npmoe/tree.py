@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from npmoe._checks import check_same_dtype
 from npmoe._typing import HostArray
 
 T = TypeVar("T")
@@ -46,10 +47,14 @@ def map_arrays(function: Callable[[str, HostArray], HostArray], tree: T, prefix:
 def flatten(tree: T) -> tuple[HostArray, T]:
     """Copy all leaves into one flat vector; return it and the tree of views into it.
 
-    The leaves must share one dtype. Updating the vector in place updates the tree.
+    The leaves must share one dtype, or DTypeError is raised: the tree of views could not have
+    theirs. Updating the vector in place updates the tree.
     """
-    leaves = [leaf for _, leaf in named_arrays(tree)]
-    flat = np.concatenate([leaf.reshape(-1) for leaf in leaves])
+    leaves = dict(named_arrays(tree))
+    first = next(iter(leaves))
+    for name, leaf in leaves.items():
+        check_same_dtype("flatten", name, leaf, leaves[first].dtype, first)
+    flat = np.concatenate([leaf.reshape(-1) for leaf in leaves.values()])
     return flat, unflatten(flat, tree)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import inspect
 import os
 import subprocess
@@ -21,13 +22,26 @@ from npmoe.backends import (
     Availability,
     Backend,
     FusedExperts,
-    NumpyBackend,
     ReferenceBackend,
     registry,
 )
 
 ROOT = Path(npmoe.__file__).resolve().parents[1]
-FIRST_PARTY = ["loopback", "numpy", "reference"]
+FIRST_PARTY = ["loopback", "numba", "numpy", "reference"]
+NUMBA_MISSING = importlib.util.find_spec("numba") is None
+USABLE = [name for name in FIRST_PARTY if not (name == "numba" and NUMBA_MISSING)]
+usable = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                name not in USABLE, reason="needs the extra npmoe[numba]: numba"
+            ),
+        )
+        for name in FIRST_PARTY
+    ],
+)
 MEMBERS = [n for n, v in vars(Backend).items() if inspect.isfunction(v) and n[0] != "_"]
 VERBS = [n for n in MEMBERS if n not in ("asarray", "asnumpy", "synchronize")]
 FUSED = ["experts_forward", "experts_backward"]
@@ -79,24 +93,26 @@ def message(error: type[Exception], *arguments: Any, **options: Any) -> str:
 # The registry.
 
 
-@pytest.mark.parametrize(("typo", "meant"), [("nunpy", "numpy"), ("loopbak", "loopback")])
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("nunpy", "numpy"), ("loopbak", "loopback"), ("numbda", "numba")]
+)
 def test_unknown_name(typo: str, meant: str, points: list[Any]) -> None:
     assert message(RangeError, typo) == (
         f"get_backend: backend must name a known backend, got {typo!r}. Did you mean {meant!r}? "
-        "Known: loopback, numpy, reference."
+        "Known: loopback, numba, numpy, reference."
     )
 
 
 def test_unknown_name_without_a_guess(points: list[Any]) -> None:
     assert message(RangeError, "zzz") == (
         "get_backend: backend must name a known backend, got 'zzz'. "
-        "Known: loopback, numpy, reference."
+        "Known: loopback, numba, numpy, reference."
     )
 
 
 def test_names_give_one_instance_each() -> None:
     assert npmoe.get_backend().name == "numpy"
-    for name in FIRST_PARTY:
+    for name in USABLE:
         backend = npmoe.get_backend(name)
         assert backend.name == name
         assert npmoe.get_backend(name) is backend
@@ -177,7 +193,7 @@ def test_options_make_a_new_instance(points: list[Any]) -> None:
 def test_third_party_is_listed_and_runs(points: list[Any]) -> None:
     points += [point("third", f"{__name__}:Third"), point("third", f"{__name__}:Third")]
     points.append(importlib.metadata.EntryPoint("other", "nowhere:X", "another.group"))
-    assert list(npmoe.available_backends()) == ["loopback", "numpy", "reference", "third"]
+    assert list(npmoe.available_backends()) == [*FIRST_PARTY, "third"]
     cfg = MoEConfig(hidden_size=4)
     _, saved = npmoe.moe_forward(
         np.ones((2, 4), np.float32), npmoe.init_params(cfg), cfg, backend="third"
@@ -202,12 +218,12 @@ def test_unavailable(points: list[Any]) -> None:
     points += [point("broken", f"{__name__}:Broken"), point("gone", "no_such_package:X")]
     assert message(BackendUnavailableError, "broken") == (
         "get_backend: backend 'broken' cannot run here: no device; install npmoe[broken]. "
-        "Usable now: loopback, numpy, reference."
+        f"Usable now: {', '.join(USABLE)}."
     )
     found = npmoe.available_backends()
     assert found["broken"] == Availability(False, "no device; install npmoe[broken]")
     assert found["gone"] == Availability(False, "No module named 'no_such_package'")
-    assert all(found[name] == Availability(True) for name in FIRST_PARTY)
+    assert all(found[name] == Availability(True) for name in USABLE)
     with pytest.raises(BackendUnavailableError), npmoe.use_backend("broken"):
         pass
     assert npmoe.get_backend().name == "numpy"
@@ -269,6 +285,73 @@ def test_marker_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "(marker 0.0.1)" in message(BackendUnavailableError, "loopback")
 
 
+# A backend whose package is missing or too old: as on a machine without the extra.
+
+MISSING = """
+import importlib.metadata, sys
+real = importlib.metadata.version
+def version(name):
+    if name == "numba":
+        {version}
+    return real(name)
+importlib.metadata.version = version
+{hide}
+import numpy as np
+import npmoe
+for call in (npmoe.get_backend, lambda name: npmoe.use_backend(name).__enter__()):
+    try:
+        call("numba")
+    except npmoe.BackendUnavailableError as error:
+        print(error)
+print(npmoe.available_backends()["numba"])
+print([n for n, a in npmoe.available_backends().items() if a.ok])
+cfg = npmoe.MoEConfig(hidden_size=4)
+npmoe.moe_forward(np.ones((2, 4), "float32"), npmoe.init_params(cfg), cfg)
+print(sorted(n for n in ("numba", "llvmlite") if sys.modules.get(n)))
+"""
+HIDE = "sys.modules['numba'] = None"
+OLD = "numba {} is older than 0.60; pip install --upgrade 'npmoe[numba]'"
+
+
+@pytest.mark.parametrize(
+    ("version", "hide", "reason"),
+    [
+        (
+            "raise importlib.metadata.PackageNotFoundError(name)",
+            HIDE,
+            "numba is not installed; pip install 'npmoe[numba]'",
+        ),
+        ("return '0.59.1'", "", OLD.format("0.59.1")),
+        ("return '0.9'", "", OLD.format("0.9")),
+        ("return '0.59.0rc1'", "", OLD.format("0.59.0rc1")),
+        ("return '0.61.2'", HIDE, "import of numba halted; None in sys.modules"),
+    ],
+    ids=["missing", "old", "older", "old candidate", "broken"],
+)
+def test_without_numba(version: str, hide: str, reason: str) -> None:
+    result = python(MISSING.format(version=version, hide=hide))
+    assert result.returncode == 0, result.stderr
+    text = (
+        f"get_backend: backend 'numba' cannot run here: {reason}. "
+        "Usable now: loopback, numpy, reference."
+    )
+    assert result.stdout.splitlines() == [
+        text,
+        text,
+        str(Availability(False, reason)),
+        "['loopback', 'numpy', 'reference']",
+        "[]",
+    ]
+
+
+@pytest.mark.parametrize("version", ["0.60.0", "0.61.0rc1", "0.68.1", "1.0b2", "0.62dev0"])
+def test_a_new_enough_numba(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accel.numba_cpu.requirements import require_numba
+
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    require_numba()
+
+
 # The contract.
 
 
@@ -277,7 +360,7 @@ def test_protocol_has_the_verbs_that_loopback_wraps() -> None:
     assert sorted(loopback.VERBS) == sorted(VERBS)
 
 
-@pytest.mark.parametrize("name", FIRST_PARTY)
+@usable
 def test_every_backend_is_complete(name: str) -> None:
     backend = npmoe.get_backend(name)
     assert isinstance(backend, Backend)
@@ -291,14 +374,15 @@ def test_every_backend_is_complete(name: str) -> None:
         assert [(p.name, p.kind, p.default) for p in found.parameters.values()] == wanted, member
 
 
-@pytest.mark.parametrize("name", FIRST_PARTY)
+@usable
 def test_accelerates_lists_real_overrides(name: str) -> None:
     backend = npmoe.get_backend(name)
     cls = type(backend)
+    faster = name in ("numpy", "numba")
     assert cls.accelerates <= {*VERBS, *FUSED}
-    own = {n for n in (*VERBS, *FUSED) if n in vars(cls)} if cls is NumpyBackend else set()
+    own = {n for n in (*VERBS, *FUSED) if n in vars(cls)} if faster else set()
     assert cls.accelerates == own
-    assert isinstance(backend, FusedExperts) == (cls is NumpyBackend)
+    assert isinstance(backend, FusedExperts) == faster
 
 
 def test_transfer_of_host_backends() -> None:

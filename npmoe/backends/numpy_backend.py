@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -25,7 +25,8 @@ class NumpyBackend(ReferenceBackend):
     A block of at most 512 rows of one expert goes through gather, both products and the
     activation before the next one is touched, so intermediates stay in cache and nothing of size
     (R, H) or (R, I) is made but what the contract returns. Weight gradients of an expert with
-    more rows are summed block by block in ascending order.
+    more rows are summed block by block in ascending order. Matrices in half precision become
+    float32 one expert at a time.
     """
 
     name: ClassVar[str] = "numpy"
@@ -47,11 +48,11 @@ class NumpyBackend(ReferenceBackend):
         row_weights = _row_weights(topk_weights, plan)
         gate_up = np.empty((plan.num_rows, params.gate_up_proj.shape[1]), x.dtype)
         y_sorted = np.empty((plan.num_rows, x.shape[1]), x.dtype)
-        for e, rows in _blocks(plan):
+        for e, rows, w1, w2 in _blocks(plan, params):
             tokens = _gather(x, plan, rows)
             if position == "input":
                 tokens *= row_weights[rows]
-            pre = np.matmul(tokens, params.gate_up_proj[e].T, out=gate_up[rows])
+            pre = np.matmul(tokens, w1.T, out=gate_up[rows])
             if params.gate_up_bias is not None:
                 pre += params.gate_up_bias[e]
             act = forward(pre)
@@ -59,7 +60,7 @@ class NumpyBackend(ReferenceBackend):
                 act *= dropout[rows]
             if position == "mid":
                 act *= row_weights[rows]
-            y = np.matmul(act, params.down_proj[e].T, out=y_sorted[rows])
+            y = np.matmul(act, w2.T, out=y_sorted[rows])
             if params.down_bias is not None:
                 bias = params.down_bias[e]
                 y += row_weights[rows] * bias if position == "mid" else bias
@@ -83,13 +84,13 @@ class NumpyBackend(ReferenceBackend):
         """Return the gradients of the expert core; eq. (6) to (11) of `npmoe.layer`."""
         backward = ops.activation_of(cfg).recompute_and_backward
         on_input = cfg.weight_position == "input"
-        sums = _WeightGrads(params, plan, out, accumulate)
+        sums = _WeightGrads(params, plan, x.dtype, out, accumulate)
         row_weights = _row_weights(topk_weights, plan)
         grad_rows = np.empty((plan.num_rows, x.shape[1]), x.dtype)
         grad_row_weights = np.empty(plan.num_rows, x.dtype)
-        for e, rows in _blocks(plan):
+        for e, rows, w1, w2 in _blocks(plan, params):
             g = _gather(grad_output, plan, rows)
-            unweighted = g @ params.down_proj[e]  # eq. (6)
+            unweighted = g @ w2  # eq. (6)
             weights = row_weights[rows]
             grad_act = unweighted if on_input else unweighted * weights
             if dropout is not None:
@@ -98,7 +99,7 @@ class NumpyBackend(ReferenceBackend):
             if dropout is not None:
                 act *= dropout[rows]
             tokens = _gather(x, plan, rows)
-            grad_tokens = np.matmul(grad_gate_up, params.gate_up_proj[e], out=grad_rows[rows])
+            grad_tokens = np.matmul(grad_gate_up, w1, out=grad_rows[rows])
             if on_input:
                 np.einsum("rh,rh->r", grad_tokens, tokens, out=grad_row_weights[rows])
                 grad_tokens *= weights
@@ -131,7 +132,12 @@ class _WeightGrads:
     """The expert gradients being summed; an expert's first block overwrites, later ones add."""
 
     def __init__(
-        self, params: MoEParams, plan: DispatchPlan, out: MoEParams | None, accumulate: bool
+        self,
+        params: MoEParams,
+        plan: DispatchPlan,
+        dtype: np.dtype[Any],
+        out: MoEParams | None,
+        accumulate: bool,
     ) -> None:
         self.grads: dict[str, HostArray] = {}
         empty = np.diff(plan.expert_offsets) == 0
@@ -140,7 +146,7 @@ class _WeightGrads:
             if value is None:
                 continue
             given = None if out is None else getattr(out, name)
-            self.grads[name] = np.empty_like(value) if given is None else given
+            self.grads[name] = np.empty_like(value, dtype) if given is None else given
             if given is None or not accumulate:
                 self.grads[name][empty] = 0.0
         begun = np.zeros(plan.num_experts, bool)
@@ -162,11 +168,15 @@ class _WeightGrads:
             self._begun[name][e] = True
 
 
-def _blocks(plan: DispatchPlan) -> Iterator[tuple[int, slice]]:
-    """Yield (expert, rows) with at most _BLOCK_ROWS rows, in ascending order."""
+def _blocks(
+    plan: DispatchPlan, params: MoEParams
+) -> Iterator[tuple[int, slice, HostArray, HostArray]]:
+    """Yield (expert, rows, its matrices) with at most _BLOCK_ROWS rows, in ascending order."""
     for e, rows in ops.expert_rows(plan):
+        w1 = ops.expert_matrix(params.gate_up_proj, e)
+        w2 = ops.expert_matrix(params.down_proj, e)
         for start in range(rows.start, rows.stop, _BLOCK_ROWS):
-            yield e, slice(start, min(start + _BLOCK_ROWS, rows.stop))
+            yield e, slice(start, min(start + _BLOCK_ROWS, rows.stop)), w1, w2
 
 
 def _gather(x: HostArray, plan: DispatchPlan, rows: slice) -> HostArray:

@@ -20,6 +20,7 @@ ENVIRONMENT_VARIABLE = "NPMOE_BACKEND"
 _FIRST_PARTY = {
     "reference": "npmoe.backends.reference:ReferenceBackend",
     "numpy": "npmoe.backends.numpy_backend:NumpyBackend",
+    "numba": "accel.numba_cpu:NumbaBackend",
     "loopback": "accel.loopback:LoopbackBackend",
 }
 
@@ -66,8 +67,13 @@ def get_backend(backend: str | Backend | None = None, **options: Any) -> Backend
         return backend
     if not options and backend in _instances:
         return _instances[backend]
-    cls = _load(backend)
-    availability = cls.availability()
+    try:
+        cls = _load(backend)
+        availability = cls.availability()
+    except BackendUnavailableError:
+        raise
+    except ImportError as error:  # a backend's own requirement, in its own words
+        availability = Availability(False, str(error))
     if not availability.ok:
         usable = ", ".join(n for n, a in available_backends().items() if a.ok)
         raise BackendUnavailableError(

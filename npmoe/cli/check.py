@@ -13,6 +13,7 @@ from typing import Any
 
 from npmoe.cli._common import check_json, write_json
 from npmoe.errors import DataError, RangeError
+from npmoe.testing.conformance.case import WITH_HALVES
 from npmoe.testing.conformance.isolate import IsolatedTarget
 from npmoe.testing.conformance.page import html_page
 from npmoe.testing.conformance.registry import (
@@ -44,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as", dest="kind", metavar="KIND", choices=[*KINDS, "backend"])
     parser.add_argument("--faults", action="store_true", help="run the kit on planted mistakes")
     parser.add_argument("--quick", action="store_true", help="a fifth of the cases")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=WITH_HALVES,
+        help="of floats (float32); half precision is that of a backend's expert weights",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the cases (0)")
     parser.add_argument("--array", default="numpy", choices=("numpy", "torch", "cupy"))
     parser.add_argument(

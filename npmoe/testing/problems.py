@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from npmoe._half import HALF_DTYPES, is_float, named_dtype
 from npmoe._typing import HostArray
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
@@ -67,7 +68,7 @@ class MoEProblem:
 
     @property
     def dtype(self) -> np.dtype[np.floating]:
-        """The float dtype of every array."""
+        """The float dtype of every array, but for expert matrices in half precision."""
         return self.hidden_states.dtype
 
     @property
@@ -108,6 +109,7 @@ def make_problem(
     num_tokens: int,
     seed: int = 0,
     dtype: str = "float64",
+    expert_dtype: str | None = None,
     values: Values = "normal",
     load: Load = "spread",
     replay: Replay = "none",
@@ -131,6 +133,8 @@ def make_problem(
     seed : int
         Of all values.
     dtype : {"float32", "float64"}
+    expert_dtype : {"float16", "bfloat16"}, optional
+        Of gate_up_proj and down_proj, beside float32; their values are rounded to it.
     values : {"normal", "integer", "exact"}
         Normal numbers of the given scales; integers from -2 to 2, whose logits are exact and often
         equal; or integers whose every result is exact, for configs in the sense of `is_exact`.
@@ -162,7 +166,9 @@ def make_problem(
     ------
     RangeError
         For values="exact" with a config or size whose results are not exact, exponents
-        without normal values, or sequences of unequal length.
+        without normal values, sequences of unequal length, or another expert_dtype.
+    BackendUnavailableError
+        For bfloat16 without the package ml_dtypes.
     """
     call = _call(dict(locals()))
     exponents = (logit_exponent, hidden_exponent, gate_up_exponent, grad_exponent)
@@ -181,6 +187,11 @@ def make_problem(
             f"make_problem: num_sequences must divide num_tokens = {num_tokens}, got "
             f"{num_sequences}. Sequences have equal lengths."
         )
+    if expert_dtype is not None and (dtype != "float32" or expert_dtype not in HALF_DTYPES):
+        raise RangeError(
+            "make_problem: expert_dtype must be None, or 'float16' or 'bfloat16' with dtype "
+            f"'float32', got {expert_dtype!r} with {dtype!r}."
+        )
     rng = np.random.default_rng(seed)
     H = cfg.hidden_size
     reach = 1 if values == "exact" else 2
@@ -190,7 +201,7 @@ def make_problem(
             return np.asarray(rng.standard_normal(shape) * (2.0**exponent / np.sqrt(fan_in)))
         return np.asarray(rng.integers(-reach, reach, shape, endpoint=True) * 2.0**exponent)
 
-    def arrange(array: HostArray, as_dtype: str = dtype) -> HostArray:
+    def arrange(array: HostArray, as_dtype: Any = dtype) -> HostArray:
         as_float = array.dtype.kind == "f"
         return _arrange(array.astype(as_dtype) if as_float else array, layout)
 
@@ -206,7 +217,11 @@ def make_problem(
         drawn["router_weight"][:] = drawn["router_weight"][0] if values != "normal" else 0.0
         if cfg.router_bias:
             drawn["router_bias"][:] = drawn["router_bias"][0]
-    params = MoEParams(**{name: arrange(array) for name, array in drawn.items()})
+    matrices = np.dtype(dtype)
+    if expert_dtype is not None:
+        matrices = named_dtype("make_problem", expert_dtype, "test")
+    dtypes = {"gate_up_proj": matrices, "down_proj": matrices}
+    params = MoEParams(**{n: arrange(array, dtypes.get(n, dtype)) for n, array in drawn.items()})
     grad_output = draw(num_tokens, H, exponent=grad_exponent)
     grad_logits = None
     if auxiliary:
@@ -312,7 +327,8 @@ def _arrange(array: HostArray, layout: Layout) -> HostArray:
     elif layout == "reversed":
         array = array[..., ::-1].copy()[..., ::-1]
     elif layout == "strided":
-        poison = {"f": np.nan, "b": True, "i": 2**30}[array.dtype.kind]
+        kind = "f" if is_float(array.dtype) else array.dtype.kind
+        poison = {"f": np.nan, "b": True, "i": 2**30}[kind]
         room = np.full((*array.shape[:-1], 2 * array.shape[-1]), poison, array.dtype)
         room[..., ::2] = array
         array = room[..., ::2]

@@ -15,12 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from npmoe._half import is_float, named_dtype
 from npmoe._typing import HostArray
 from npmoe.errors import BackendUnavailableError, CheckpointError, DTypeError, RangeError
 from npmoe.training.files import write_bytes_atomic
 
 FORMAT = "npmoe-checkpoint-1"
 _RESERVED = ("format", "sha256")
+# By their names in the file. safetensors itself makes no bfloat16 arrays of NumPy.
+_DTYPES = {
+    "BOOL": "bool",
+    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
+    **{f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)},
+    **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
+    "BF16": "bfloat16",
+}
 
 
 def save_checkpoint(
@@ -33,7 +42,7 @@ def save_checkpoint(
     path : path
         Replaced when everything is on the disk.
     arrays : mapping of str to array
-        Real dtypes of up to 64 bits in native byte order.
+        Real dtypes of up to 64 bits in native byte order, bfloat16 among them.
     metadata : mapping of str to str
         Anything but the keys "format" and "sha256".
 
@@ -85,11 +94,12 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, HostArray], dict[str, s
     Raises
     ------
     BackendUnavailableError
-        If safetensors is not installed.
+        If safetensors is not installed, or ml_dtypes for bfloat16.
     CheckpointError
         If the file is missing, truncated, of another format, or not what was saved.
     """
-    numpy_format = _import_safetensors("load_checkpoint")
+    _import_safetensors("load_checkpoint")
+    safetensors = importlib.import_module("safetensors")
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -107,12 +117,18 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, HostArray], dict[str, s
     expected = metadata.pop("sha256", None)
     del metadata["format"]
     try:
-        arrays = {name: array.copy() for name, array in numpy_format.load(content).items()}
-    except (importlib.import_module("safetensors").SafetensorError, KeyError) as error:
+        arrays = {name: _array(tensor) for name, tensor in safetensors.deserialize(content)}
+    except (safetensors.SafetensorError, KeyError) as error:
         raise _damaged(path, f"a part that cannot be read ({error})") from error
     if _digest(arrays, metadata) != expected:
         raise _damaged(path, "bytes with another SHA-256")
     return arrays, metadata
+
+
+def _array(tensor: Mapping[str, Any]) -> HostArray:
+    """Return a tensor of the file as a new array."""
+    dtype = named_dtype("load_checkpoint", _DTYPES[tensor["dtype"]], "checkpoint")
+    return np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"]).copy()
 
 
 def _read_metadata(path: Path, content: bytes) -> dict[str, str]:
@@ -181,7 +197,8 @@ def _digest(arrays: Mapping[str, HostArray], metadata: Mapping[str, str]) -> str
 
 
 def _is_storable(dtype: np.dtype[Any]) -> bool:
-    return dtype.kind in "biuf" and dtype.itemsize <= 8 and dtype.isnative
+    known = dtype.kind in "biu" or is_float(dtype)
+    return known and dtype.itemsize <= 8 and dtype.isnative
 
 
 def _import_safetensors(function: str) -> Any:

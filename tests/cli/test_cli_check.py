@@ -42,6 +42,18 @@ def theirs(tmp_path, monkeypatch):
     sys.modules.pop("theirs_for_check", None)
 
 
+def test_expert_weights_in_half_precision(theirs):
+    result = npmoe("check", "numpy", "--quick", "--dtype", "bfloat16")
+    assert result.code == 0
+    assert "half-weights-are-read-exactly" in result.out
+    assert "note: expert weights in bfloat16, all else float32; " in result.out
+    result = npmoe("check", f"{theirs}:product", "--dtype", "float16")
+    assert result.code == 1
+    assert result.err.endswith(
+        "check_grouped_gemm: dtype must be 'float32' or 'float64', got 'float16'.\n"
+    )
+
+
 def test_a_right_function(theirs, tmp_path):
     result = npmoe("check", f"{theirs}:product", "--quick", "--json", "r.json", "--html", "r.html")
     assert result.code == 0

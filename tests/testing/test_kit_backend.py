@@ -13,8 +13,10 @@ from kit_runs import assert_dies, loose_bounds
 from npmoe import BackendUnavailableError, RangeError, ops
 from npmoe.backends import Backend, NumpyBackend, ReferenceBackend
 from npmoe.testing.conformance.backend import backend_kind, check_backend
+from npmoe.testing.conformance.case import WITH_HALVES
 from npmoe.testing.conformance.verb_truths import Verb
 from npmoe.testing.conformance.verbs import ALSO, VERBS
+from npmoe.testing.faults import half
 from npmoe.testing.faults.backend import FAULTS
 
 NOT_VERBS = {
@@ -28,6 +30,8 @@ NOT_VERBS = {
     [
         *(("numpy", "float32", 0), ("numpy", "float64", 1), ("numpy", "float32", 2)),
         *(("reference", "float32", 3), ("loopback", "float64", 4)),
+        *(("numpy", "float16", 5), ("numpy", "bfloat16", 6)),
+        *(("reference", "bfloat16", 7), ("loopback", "float16", 8), ("loopback", "bfloat16", 9)),
     ],
 )
 def test_our_own_pass(name: str, dtype: str, seed: int) -> None:
@@ -48,13 +52,14 @@ def test_every_verb_of_the_contract_has_a_check() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
+@pytest.mark.parametrize("fault", [*FAULTS, *half.FAULTS], ids=lambda f: f.name)
 def test_every_fault_dies_by_name(fault: object, seed: int, tmp_path: Path) -> None:
-    report = check_backend(fault.subject, only=[fault.check], quick=True, seed=seed)
+    options = dict(fault.options)
+    report = check_backend(fault.subject, only=[fault.check], quick=True, seed=seed, **options)
     assert_dies(fault, report, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", WITH_HALVES)
 def test_bounds_are_below_one_percent(dtype: str) -> None:
     assert loose_bounds(backend_kind(fused=True), dtype, seed=5) == []
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ ARRAYS = {
     "mask": np.array([True, False]),
     "empty": np.zeros((0, 3), "int32"),
     "half": np.ones(3, "float16"),
+    "brain": np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(2, -1),
     "strided": np.arange(12, dtype="int8").reshape(3, 4).T,
 }
 METADATA = {"step": "12", "config": '{"a": "é\\n"}'}
@@ -322,12 +324,11 @@ def test_every_flipped_bit_is_found(tmp_path):
     assert any("got a part that cannot be read (" in text for text in texts)
 
 
-def test_a_dtype_that_numpy_lacks_is_damage(path):
+def test_a_dtype_that_is_never_saved_is_damage(path):
     content = path.read_bytes()
-    assert content.count(b'"F16"') == 1
-    size = int.from_bytes(content[:8], "little") + 1
-    path.write_bytes(size.to_bytes(8, "little") + content[8:].replace(b'"F16"', b'"BF16"'))
-    with pytest.raises(CheckpointError, match=r"got a part that cannot be read \('BF16'\)"):
+    assert content.count(b'"F64"') == 1
+    path.write_bytes(content.replace(b'"F64"', b'"C64"'))
+    with pytest.raises(CheckpointError, match=r"got a part that cannot be read \('C64'\)"):
         load_checkpoint(path)
 
 
@@ -371,9 +372,19 @@ def test_a_missing_package_is_named(path, monkeypatch):
         )
 
 
+def test_bfloat16_names_the_missing_package(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(BackendUnavailableError) as error:
+        load_checkpoint(path)
+    assert str(error.value) == (
+        "load_checkpoint: bfloat16 needs the package ml_dtypes, which is not installed. "
+        "Install it with: pip install 'npmoe[checkpoint]'."
+    )
+
+
 def test_the_package_is_imported_only_when_needed():
     code = "import npmoe.training, sys, json; print(json.dumps(sorted(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     modules = json.loads(result.stdout)
     assert "npmoe.training.checkpoint" in modules
-    assert not {"safetensors", "pydoc_data.topics"} & set(modules)
+    assert not {"safetensors", "ml_dtypes", "pydoc_data.topics"} & set(modules)

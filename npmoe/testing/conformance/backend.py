@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from npmoe._half import HALF_DTYPES
 from npmoe.activations import ACTIVATIONS
 from npmoe.config import MoEConfig
 from npmoe.testing.bounds import gamma
@@ -18,6 +19,7 @@ from npmoe.testing.conformance.backend_cases import (
     draws,
     experts_cases,
     experts_truth,
+    half_case,
     reduce_backend,
     route_cases,
     soft_cases,
@@ -31,8 +33,18 @@ from npmoe.testing.conformance.backend_probe import (
     previous_gradient,
     resolve,
 )
-from npmoe.testing.conformance.case import Call, Case, Check, Effort, Expected, Finding, Kind
+from npmoe.testing.conformance.case import (
+    WITH_HALVES,
+    Call,
+    Case,
+    Check,
+    Effort,
+    Expected,
+    Finding,
+    Kind,
+)
 from npmoe.testing.conformance.common import Cases, hygiene_checks, judge_values
+from npmoe.testing.conformance.half_cases import exact_reads, long_sums, selections
 from npmoe.testing.conformance.recipes import (
     GRADS,
     exact_recipes,
@@ -52,6 +64,16 @@ _UNSAVED = """\
 saved = target("forward", *arguments[1:])[0]
 assert saved.tobytes() == got[0].tobytes(), f"saved:\\n{saved}\\nunsaved:\\n{got[0]}"
 """
+# With expert weights in half precision they say something more; the others would repeat float32.
+_MEETS_WEIGHTS = frozenset(
+    {
+        *("verb-grouped-gemm", "experts-composed", "experts-fused"),
+        *("square-matrices-are-not-transposed", "layer-forward", "layer-backward"),
+        *("layer-is-exact", "empty-experts-have-zero-gradient", "out-is-overwritten"),
+        *("accumulate-adds", "no-tokens", "any-memory-layout", "same-bits-twice"),
+        *("results-stay-on-the-device", "layer-composed-forward", "layer-composed-backward"),
+    }
+)
 _EMPTY = MoEConfig(hidden_size=3, intermediate_size=2, num_experts=8, top_k=2, expert_bias=True)
 
 
@@ -81,7 +103,7 @@ def _accumulated(case: Case, grads: tuple[Expected, ...]) -> tuple[Expected, ...
         if name == "hidden_states":
             found.append(want)
             continue
-        start = previous_gradient(name, np.asarray(getattr(problem.params, name)))
+        start = previous_gradient(name, getattr(problem.params, name).shape, problem.dtype)
         given = np.asarray(want.bound)
         size = np.abs(start) + np.abs(want.value) + given
         # Its rows may be added one by one.
@@ -121,7 +143,8 @@ def _ties(rng: np.random.Generator, effort: Effort) -> Iterator[Case]:
 
 def _squares(rng: np.random.Generator, effort: Effort) -> Iterator[Case]:
     for verb in ("grouped_gemm", "grouped_gemm_wgrad", "linear", "experts-composed"):
-        yield from square_cases(rng, effort, verb)
+        if effort.half is None or verb not in ("grouped_gemm_wgrad", "linear"):
+            yield from square_cases(rng, effort, verb)
 
 
 def _core_cases(verb: str) -> Cases:
@@ -153,6 +176,7 @@ def _empty_cases(rng: np.random.Generator, effort: Effort) -> Iterator[Case]:
             num_tokens=2,
             seed=int(rng.integers(2**31)),
             dtype=effort.dtype,
+            expert_dtype=effort.half,
             values="integer",
             replay=replay,
         )
@@ -178,6 +202,58 @@ def _resident_cases(rng: np.random.Generator, effort: Effort) -> Iterator[Case]:
     for case in _layer_cases("residence", mask="none")(rng, effort):
         if not problem_of(str(case.arguments["recipe"])).cfg.has_capacity:
             yield case
+
+
+def _wide_gradients(rng: np.random.Generator, effort: Effort) -> Iterator[Case]:
+    """Yield small layers, every way to their gradients."""
+    for tokens in (1, 0, 3):
+        recipe = make_recipe(
+            _EMPTY,
+            num_tokens=tokens,
+            seed=int(rng.integers(2**31)),
+            dtype=effort.dtype,
+            expert_dtype=effort.half,
+            replay="full",
+        )
+        for verb in ("backward", "backward-composed", "backward-out", "backward-accumulate"):
+            yield layer_case(verb, recipe)
+
+
+def _half_checks(fused: bool) -> list[Check]:
+    """Return the checks of half precision alone."""
+    verbs = ("grouped_gemm", "experts-composed", *(("experts-fused",) if fused else ()))
+    values = judge_values(expected_backend)
+
+    def check(name: str, about: str, cases: Any) -> Check:
+        def generate(rng: np.random.Generator, effort: Effort) -> Iterator[Case]:
+            yield from cases(rng, effort, verbs, half_case)
+
+        return Check(name=name, about=about, cases=generate, judge=values, dtypes=HALF_DTYPES)
+
+    return [
+        check(
+            "half-weights-are-read-exactly",
+            "every number of half precision, subnormal or 1e38, comes out of a product as it is",
+            exact_reads,
+        ),
+        check(
+            "activations-are-not-rounded",
+            "rows that meet weights of 1 and -1 keep their float32 bits: not cast to half",
+            selections,
+        ),
+        check(
+            "sums-are-float32",
+            "integer sums beyond 2^11, exact in float32, are exact: no sum in half precision",
+            long_sums,
+        ),
+        Check(
+            name="gradients-are-float32",
+            about="gradients of half weights are float32 arrays, new ones and those of out=",
+            cases=_wide_gradients,
+            judge=values,
+            dtypes=HALF_DTYPES,
+        ),
+    ]
 
 
 def _one_case(verb: str) -> Cases:
@@ -275,11 +351,12 @@ def backend_kind(*, fused: bool) -> Kind:
                 _layer_cases("backward-composed"),
             ),
         ]
+    halves = [replace(c, dtypes=WITH_HALVES) if c.name in _MEETS_WEIGHTS else c for c in checks]
     return Kind(
         name="backend",
         signature="npmoe.backends.Backend: a name, class or instance",
         expected=expected_backend,
-        checks=tuple(checks),
+        checks=(*halves, *_half_checks(fused)),
         reductions=reduce_backend,
     )
 
@@ -292,7 +369,8 @@ def check_backend(backend: Any, **settings: Unpack[Settings]) -> Report:
     backend : str, Backend or class
         A name for `npmoe.get_backend`, an instance, or a class that is called without arguments.
     **settings
-        Keywords of `run_checks`; `array` has no meaning here.
+        Keywords of `run_checks`; `array` has no meaning here. With dtype "float16" or "bfloat16"
+        expert weights have that dtype, and everything else is float32.
 
     Returns
     -------

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from npmoe import naive
+from npmoe._half import is_half
 from npmoe._typing import Array, HostArray
 from npmoe.config import MoEConfig
 from npmoe.testing.balls import Ball, Model
@@ -21,6 +22,7 @@ from npmoe.testing.conformance.expert_cases import (
     make_experts,
     reduce_experts,
 )
+from npmoe.testing.conformance.half_cases import halve
 from npmoe.testing.conformance.layer_cases import (
     is_settled,
     layer_truth,
@@ -62,6 +64,7 @@ def draws(rng: np.random.Generator, effort: Effort) -> Iterator[Draw]:
             K=int(rng.integers(1, min(E, 4) + 1)),
             H=int(rng.integers(1, 4 + int(16 * reach))),
             I=int(rng.integers(1, 4 + int(16 * reach))),
+            half=effort.half,
         )
 
 
@@ -277,7 +280,7 @@ def experts_cases(rng: np.random.Generator, effort: Effort, verb: str) -> Iterat
         for name in ("gate_up_proj", "down_proj"):
             given[name] = given[name].copy()
             given[name][unused] = np.nan
-        yield _experts_case(verb, given)
+        yield core_case(verb, given)
 
 
 def square_cases(rng: np.random.Generator, effort: Effort, verb: str) -> Iterator[Case]:
@@ -290,21 +293,30 @@ def square_cases(rng: np.random.Generator, effort: Effort, verb: str) -> Iterato
             yield verb_case(verb, cfg, arrays, exact=exact, tokens=square.T)
         else:
             wide = dataclasses.replace(d, H=2 * d.I, T=max(1, d.T))
-            yield _experts_case(
-                verb, dict(_experts(wide, d.I * (1 + d.index % 2), "spread").arguments)
-            )
+            yield core_case(verb, dict(_experts(wide, d.I * (1 + d.index % 2), "spread").arguments))
 
 
 def _experts(d: Draw, I: int, load: str) -> Case:
     sizes = Sizes(d.T, d.E, d.K, d.H, I)
-    return make_experts(d.rng, sizes, d.dtype, backward=True, load=load)
+    case = make_experts(d.rng, sizes, d.dtype, backward=True, load=load)
+    return case.replace(**halve(case.arguments, d.half, d.index))
 
 
-def _experts_case(verb: str, given: dict[str, Any]) -> Case:
+def half_case(verb: str, given: dict[str, Any], exact: bool) -> Case:
+    """Return the case of a grouped product, or of an expert core."""
+    if verb != "grouped_gemm":
+        return core_case(verb, given, exact=exact)
+    E, I, H = given["weight"].shape
+    cfg = MoEConfig(hidden_size=H, intermediate_size=I, num_experts=E, top_k=1)
+    return verb_case(verb, cfg, given, exact=exact)
+
+
+def core_case(verb: str, given: dict[str, Any], *, exact: bool = False) -> Case:
+    """Return the case of an expert core with these arrays."""
     E, H, I = given["down_proj"].shape
     K = given["topk_ids"].shape[1]
     cfg = MoEConfig(hidden_size=H, intermediate_size=I, num_experts=E, top_k=min(K, E))
-    return verb_case(verb, cfg, given)
+    return verb_case(verb, cfg, given, exact=exact)
 
 
 def reduce_backend(case: Case) -> Iterator[Case]:
@@ -317,7 +329,7 @@ def _smaller_verbs(case: Case) -> Iterator[Case]:
     verb, recipe, *_ = case.arguments.values()
     if verb.startswith("experts-"):
         for smaller in reduce_experts(expert_case(case)[1]):
-            yield _experts_case(verb, smaller.arguments)
+            yield core_case(verb, smaller.arguments, exact=bool(case.options["exact"]))
     elif verb in ("route", "renormalize_kept"):
         given = {n: a for n, a in case.arguments.items() if n not in ("verb", "recipe")}
         cfg, dtype = MoEConfig.from_dict(json.loads(recipe)), str(given["logits"].dtype)
@@ -327,13 +339,16 @@ def _smaller_verbs(case: Case) -> Iterator[Case]:
                 yield verb_case(verb, cfg, fewer, tied=case.options["tied"])
     elif verb in VERBS:
         # Arrays of a plan depend on each other: smaller ones are drawn anew.
-        dtype = str(next(a.dtype for a in arrays_of(case)[1] if a.dtype.kind == "f"))
+        dtypes = [a.dtype for a in arrays_of(case)[1]]
+        dtype = str(next(t for t in dtypes if t.kind == "f"))
+        half = next((t.name for t in dtypes if is_half(t)), None)
         for T in range(1, min(4, case.options["tokens"])):
             for seed in range(6):
                 rng = np.random.default_rng(seed)
                 E = 1 + seed % 3
                 sizes = {"T": T, "E": E, "K": min(E, 2), "H": 2, "I": 2}
-                yield drawn_case(verb, Draw(rng, seed, dtype, case.options["exact"], **sizes))
+                draw = Draw(rng, seed, dtype, case.options["exact"], **sizes, half=half)
+                yield drawn_case(verb, draw)
 
 
 def verb_truth(case: Case) -> tuple[Expected, ...]:

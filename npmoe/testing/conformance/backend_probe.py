@@ -191,7 +191,9 @@ def _run_into(self: BackendProbe, recipe: str, *, accumulate: bool) -> tuple[Hos
     problem = problem_of(recipe)
 
     def fill(name: str, array: HostArray) -> Array:
-        start = previous_gradient(name, array) if accumulate else np.full_like(array, np.nan)
+        start = np.full_like(array, np.nan, problem.dtype)
+        if accumulate:
+            start = previous_gradient(name, array.shape, problem.dtype)
         return self.backend.asarray(start)
 
     out = map_arrays(fill, problem.params)
@@ -199,10 +201,10 @@ def _run_into(self: BackendProbe, recipe: str, *, accumulate: bool) -> tuple[Hos
     return _listed(self, problem, out, grads)
 
 
-def previous_gradient(name: str, like: HostArray) -> HostArray:
+def previous_gradient(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
     """Return what a gradient is added to."""
     rng = np.random.default_rng(len(name))
-    return np.asarray(rng.standard_normal(like.shape), like.dtype)
+    return np.asarray(rng.standard_normal(shape), dtype)
 
 
 def _listed(

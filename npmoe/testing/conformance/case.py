@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from npmoe._half import HALF_DTYPES
 from npmoe._typing import HostArray
+
+FLOATS = ("float32", "float64")
+# Of checks that expert weights take part in: half precision means theirs, beside float32.
+WITH_HALVES = (*FLOATS, *HALF_DTYPES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,11 +63,15 @@ class Expected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """How much to try: cases per check, the largest size, and the dtype of floats."""
+    """How much to try: cases per check, the largest size, and the dtype of floats.
+
+    `half` is the dtype of expert weights where that is another one.
+    """
 
     cases: int
     quick: bool
     dtype: str
+    half: str | None = None
 
 
 # Calls the subject: case -> outputs as NumPy arrays. Raises Finding for what is wrong with them.
@@ -90,6 +99,8 @@ class Check:
     script : callable, optional
         As in `Kind`, where the kind's does not show this property. `target` and `arguments` are
         at hand too.
+    dtypes : tuple of str
+        For which it says something of its own.
     """
 
     name: str
@@ -97,6 +108,7 @@ class Check:
     cases: Callable[[np.random.Generator, Effort], Iterable[Case]]
     judge: Callable[[Call, Case], None]
     script: Callable[[Case], str] | None = None
+    dtypes: tuple[str, ...] = FLOATS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

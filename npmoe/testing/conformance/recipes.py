@@ -14,6 +14,7 @@ from npmoe.errors import NpmoeError
 from npmoe.layer_gradcheck import gradcheck_layers
 from npmoe.params import MoEGrads
 from npmoe.testing.conformance.case import Case, Effort, Expected
+from npmoe.testing.conformance.half_cases import scale_of
 from npmoe.testing.conformance.layer_cases import LayerTruth, is_settled, layer_truth
 from npmoe.testing.draws import needs_generator
 from npmoe.testing.exactness import is_exact
@@ -86,11 +87,20 @@ def layer_recipes(rng: np.random.Generator, effort: Effort, **fixed: Any) -> Ite
                     "auxiliary": bool(rng.random() < 0.5),
                     "generator": needs_generator(cfg) or bool(rng.random() < 0.5),
                 }
+                | half_keywords(effort, i)
                 | fixed,
             )
             if is_usable(recipe):
                 yield recipe
                 break
+
+
+def half_keywords(effort: Effort, index: int) -> dict[str, Any]:
+    """Return the keywords of expert weights in half precision, tiny and large ones in turn."""
+    if effort.half is None:
+        return {}
+    # gate_up_proj has the reciprocal size of hidden_states.
+    return {"expert_dtype": effort.half, "hidden_exponent": -scale_of(effort.half, index)}
 
 
 def exact_recipes(rng: np.random.Generator, effort: Effort) -> Iterator[str]:
@@ -113,6 +123,7 @@ def exact_recipes(rng: np.random.Generator, effort: Effort) -> Iterator[str]:
                         num_tokens=tokens,
                         seed=int(rng.integers(2**31)),
                         dtype=effort.dtype,
+                        expert_dtype=effort.half,
                         values="exact",
                     )
 

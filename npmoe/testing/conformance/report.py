@@ -68,7 +68,7 @@ class Report:
     notes : list of str
         What was not covered, and why.
     known : tuple of str
-        Names of all checks of the kind, run or not.
+        Names of all checks of the kind for this dtype, run or not.
     """
 
     target: str

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from npmoe._half import HALF_DTYPES, named_dtype
 from npmoe._typing import HostArray
 from npmoe.errors import RangeError
 from npmoe.testing.conformance.case import Case, Check, Effort, Finding, Kind
@@ -23,6 +24,7 @@ _SHRINKS = 400  # calls spent on making a failing case smaller
 _COSTLY_SHRINKS = 4
 _CASES = {True: 6, False: 30}
 _BYTES = "[np.asarray(x).tobytes() for x in arguments]"
+_HALF_NOTE = "expert weights in {}, all else float32; what they do not meet is left to float32."
 COMPARISON = """\
 for i in range(sum(key.startswith("expected") for key in d)):
     value, want = np.asarray(got[i]), d[f"expected{i}"]
@@ -75,7 +77,8 @@ def run_checks(
     array : {"numpy", "torch", "cupy"} or callable
         Array type of the subject.
     dtype : {"float32", "float64"}
-        Of all floating arguments.
+        Of all floating arguments. A backend also takes "float16" and "bfloat16": expert weights
+        in half precision and everything else float32; only checks that meet them are run.
     quick : bool
         A fifth of the cases.
     seed : int
@@ -97,22 +100,30 @@ def run_checks(
     ------
     RangeError
         For an unknown check, dtype or seed.
+    BackendUnavailableError
+        If a package is missing: that of the array type, or ml_dtypes for "bfloat16".
     """
     known = expected_failed_checks or {}
-    by_name = {check.name: check for check in kind.checks}
+    *others, last = dict.fromkeys(d for check in kind.checks for d in check.dtypes)
+    if dtype not in (*others, last):
+        raise RangeError(
+            f"check_{kind.name}: dtype must be {', '.join(map(repr, others))} or {last!r}, got "
+            f"{dtype!r}."
+        )
+    by_name = {check.name: check for check in kind.checks if dtype in check.dtypes}
     order = list(by_name) if only is None else list(only)
-    for given in (*known, *order):
+    every = {check.name for check in kind.checks}
+    for given in (*(name for name in known if name not in every), *order):
         if given not in by_name:
             raise RangeError(
                 f"check_{kind.name}: check must be a known name, got {given!r}. "
-                f"Known: {', '.join(by_name)}."
+                f"Known{f' for {dtype}' if given in every else ''}: {', '.join(by_name)}."
             )
-    if dtype not in ("float32", "float64"):
-        raise RangeError(f"check_{kind.name}: dtype must be 'float32' or 'float64', got {dtype!r}.")
+    half = named_dtype(f"check_{kind.name}", dtype, "test").name if dtype in HALF_DTYPES else None
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise RangeError(f"check_{kind.name}: seed must be an integer >= 0, got {seed!r}.")
     subject = Subject(function, name or _name_of(function), array)
-    effort = Effort(cases=_CASES[quick], quick=quick, dtype=dtype)
+    effort = Effort(cases=_CASES[quick], quick=quick, dtype="float32" if half else dtype, half=half)
     results: list[CheckResult] = []
     failures: list[Failure] = []
     for check in (by_name[n] for n in order):
@@ -136,6 +147,7 @@ def run_checks(
         kind=kind.name,
         results=results,
         failures=failures,
+        notes=[_HALF_NOTE.format(half)] if half else [],
         known=tuple(by_name),
     )
 
@@ -220,7 +232,8 @@ def _script(kind: Kind, check: Check, subject: Subject, case: Case, finding: str
     load = []
     for i, (name, value) in enumerate(case.arguments.items()):
         if isinstance(value, np.ndarray):
-            part = f"d['arg{i}']"
+            # NumPy's files know its size and no more.
+            part = f"d['arg{i}']{'.view(ml_dtypes.bfloat16)' if _is_brain(value) else ''}"
             if not value.flags.c_contiguous:  # as the subject gets it
                 part = f"np.repeat({part}, 2, axis=-1)[..., ::2]"
             if subject.array == "torch":
@@ -231,6 +244,8 @@ def _script(kind: Kind, check: Check, subject: Subject, case: Case, finding: str
             part = repr(value)
         load.append(f"{name}={part}")
     imports = {"torch": "import torch\n", "cupy": "import cupy\n"}.get(str(subject.array), "")
+    if any(map(_is_brain, case.arguments.values())):
+        imports = f"import ml_dtypes\n{imports}"
     values = ", ".join(part.partition("=")[2] for part in load)
     names = ", ".join(case.arguments)
     written = "[]" if subject.array == "cupy" else _BYTES
@@ -260,6 +275,11 @@ got = target(*arguments)
 assert {written} == before, "arguments were written to"
 got = got if isinstance(got, (tuple, list)) else (got,)
 {COMPARISON if judged is None else judged(case)}'''
+
+
+def _is_brain(value: Any) -> bool:
+    """Return whether an argument is an array of bfloat16."""
+    return isinstance(value, np.ndarray) and value.dtype.name == "bfloat16"
 
 
 def _result(

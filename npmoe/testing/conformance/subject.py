@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from npmoe._half import is_float
 from npmoe._typing import HostArray
 from npmoe.errors import BackendUnavailableError, RangeError
 from npmoe.testing.conformance.case import Case, Expected, Finding
@@ -75,7 +76,7 @@ class Subject:
             if want.any_shape and got.dtype == object and got.ndim == 0 and got.item() is None:
                 outputs.append(got)
                 continue
-            if got.dtype == object or got.dtype.kind not in "fiub":
+            if not (got.dtype.kind in "iub" or is_float(got.dtype)):
                 raise Finding(f"{where} must be a numeric array, got {type(value).__name__}.")
             # A number may come as a scalar, or as an array of one element.
             if want.value.ndim == 0 and got.size == 1:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from npmoe import naive
+from npmoe._half import is_float
 from npmoe._typing import Array, HostArray
 from npmoe.activations import ACTIVATIONS
 from npmoe.backends import ReferenceBackend
@@ -20,6 +21,7 @@ from npmoe.testing.balls import Ball, Model
 from npmoe.testing.bounds import gamma
 from npmoe.testing.conformance.case import Expected
 from npmoe.testing.conformance.draw import draw_ids, draw_values
+from npmoe.testing.conformance.half_cases import round_weights, scale_of
 from npmoe.testing.draws import rows_of
 
 Arrays = tuple[Any, ...]
@@ -40,10 +42,17 @@ class Draw:
     K: int
     H: int
     I: int
+    half: str | None = None
 
     def values(self, *shape: int) -> HostArray:
         """Return integers from -2 to 2, or normal numbers."""
         return draw_values(self.rng, shape, "integers" if self.integers else "normal", self.dtype)
+
+    def weights(self, *shape: int) -> HostArray:
+        """Return values of expert weights: in half precision large and tiny ones, too."""
+        # Beside a bias only sums of unscaled integers are exact.
+        scale = 0 if self.integers else scale_of(self.half, self.index)
+        return round_weights(self.values(*shape), self.half, scale)
 
     def ids(self) -> HostArray:
         """Return ids (T, K), a third of them -1."""
@@ -113,7 +122,7 @@ def multilinear(run: Run) -> Callable[..., tuple[Expected, ...]]:
     """
 
     def truth(cfg: MoEConfig, dtype: str, exact: bool, *arrays: HostArray) -> tuple[Expected, ...]:
-        wide = [a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays]
+        wide = [a.astype(np.float64) if is_float(a.dtype) else a for a in arrays]
         sizes = [np.abs(a) if a.dtype.kind == "f" else a for a in wide]
         n = 4 + sum(max(a.shape, default=1) for a in arrays)
         factor = gamma(n, dtype) + gamma(n, np.float64)
@@ -288,10 +297,11 @@ def draw_soft(d: Draw, *shapes: str) -> dict[str, HostArray]:
 
 
 def with_rows(d: Draw, *widths: int, **more: tuple[int, ...]) -> dict[str, HostArray]:
-    """Return rows of given widths, more arrays, and the ids of the rows."""
+    """Return rows of given widths, more arrays (`weight` is experts'), and the ids of the rows."""
     ids = d.ids()
     rows = {f"rows{i}": d.rows(ids, w) for i, w in enumerate(widths)}
-    return rows | {n: d.values(*s) for n, s in more.items()} | {"topk_ids": ids}
+    drawn = {n: (d.weights if n == "weight" else d.values)(*s) for n, s in more.items()}
+    return rows | drawn | {"topk_ids": ids}
 
 
 def identity_ids(d: Draw) -> tuple[MoEConfig, dict[str, HostArray]]:

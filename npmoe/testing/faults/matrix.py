@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 
+from npmoe._half import named_dtype
 from npmoe.testing.conformance.registry import check_function
 from npmoe.testing.conformance.report import Report
 from npmoe.testing.faults.fault import Fault
 
 MODULES = (
     *("align", "block_gemm", "gemm", "combine", "router", "activation", "loss"),
-    *("experts", "moe", "backend"),
+    *("experts", "moe", "backend", "half"),
 )
 
 
@@ -64,8 +65,17 @@ def run_fault(fault: Fault, *, quick: bool = True, seed: int = 0) -> Kill:
 def kill_matrix(
     *, quick: bool = True, seed: int = 0, progress: Callable[[str], None] | None = None
 ) -> Iterator[Kill]:
-    """Yield what became of every fault, in order."""
-    for fault in all_faults():
+    """Yield what became of every fault, in order.
+
+    Raises
+    ------
+    BackendUnavailableError
+        Before the first, if a fault needs a package that is missing: ml_dtypes.
+    """
+    faults = all_faults()
+    for fault in faults:
+        named_dtype("kill_matrix", str(dict(fault.options).get("dtype", "float32")), "test")
+    for fault in faults:
         if progress is not None:
             progress(fault.name)
         yield run_fault(fault, quick=quick, seed=seed)

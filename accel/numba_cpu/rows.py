@@ -1,0 +1,272 @@
+"""The verbs that move, scale, sum and compare rows; and the plan by counting."""
+
+from __future__ import annotations
+
+from .compiling import kernel, reassociated
+from .curves import activate, activate_backward
+from .tiles import borrow, take_ticket
+
+# Rows or tokens of one task.
+STEP = 64
+
+
+@kernel
+def count_routes(ids, num_experts, offsets):
+    """Write the CSR offsets of flat ids; ids beyond the experts, and -1, have no row.
+
+    Returns whether all ids lie in -1..num_experts - 1.
+    """
+    legal = True
+    for e in range(num_experts + 1):
+        offsets[e] = 0
+    for p in range(ids.size):
+        e = ids[p]
+        if 0 <= e < num_experts:
+            offsets[e + 1] += 1
+        elif e != -1:
+            legal = False
+    for e in range(num_experts):
+        offsets[e + 1] += offsets[e]
+    return legal
+
+
+@kernel
+def place_routes(
+    ids, top_k, num_experts, offsets, next_row, pair_ids,
+    token_ids, row_ids,
+):  # fmt: skip
+    """Give every route its row: experts in order, inside an expert by route. O(T*K + E)."""
+    for e in range(num_experts):
+        next_row[e] = offsets[e]
+    for p in range(ids.size):
+        e = ids[p]
+        if 0 <= e < num_experts:
+            row = next_row[e]
+            next_row[e] = row + 1
+            pair_ids[row] = p
+            token_ids[row] = p // top_k
+            row_ids[p] = row
+        else:
+            row_ids[p] = -1
+
+
+@kernel
+def combine(
+    tickets, thread, scratch, places, rows, width, row_ids,
+    top_k, weights, out,
+):  # fmt: skip
+    """Write ``out[t] = sum over k of weights[t, k] * rows[row_ids[t, k]]``, k ascending."""
+    rows, row_ids, weights, out = borrow(rows, row_ids, weights, out)
+    num_tokens = row_ids.size // top_k
+    while True:
+        begin = take_ticket(tickets) * STEP
+        if begin >= num_tokens:
+            return
+        for t in range(begin, min(begin + STEP, num_tokens)):
+            goal = out[t * width : (t + 1) * width]
+            for n in range(width):
+                goal[n] = 0.0
+            for p in range(t * top_k, (t + 1) * top_k):
+                if row_ids[p] < 0:
+                    continue
+                source = rows[row_ids[p] * width : (row_ids[p] + 1) * width]
+                if weights.size:
+                    for n in range(width):
+                        goal[n] += weights[p] * source[n]
+                else:
+                    for n in range(width):
+                        goal[n] += source[n]
+
+
+@kernel
+def gather(
+    tickets, thread, scratch, places, x, width, token_ids,
+    out,
+):  # fmt: skip
+    """Write ``out[r] = x[token_ids[r]]``."""
+    x, token_ids, out = borrow(x, token_ids, out)
+    while True:
+        begin = take_ticket(tickets) * STEP
+        if begin >= token_ids.size:
+            return
+        for r in range(begin, min(begin + STEP, token_ids.size)):
+            source = x[token_ids[r] * width : (token_ids[r] + 1) * width]
+            goal = out[r * width : (r + 1) * width]
+            for n in range(width):
+                goal[n] = source[n]
+
+
+@kernel
+def scale(
+    tickets, thread, scratch, places, rows, width, row_weights,
+    out,
+):  # fmt: skip
+    """Write ``out[r] = row_weights[r] * rows[r]``; `out` may be `rows`."""
+    rows, row_weights, out = borrow(rows, row_weights, out)
+    while True:
+        begin = take_ticket(tickets) * STEP
+        if begin >= row_weights.size:
+            return
+        for r in range(begin, min(begin + STEP, row_weights.size)):
+            source = rows[r * width : (r + 1) * width]
+            goal = out[r * width : (r + 1) * width]
+            for n in range(width):
+                goal[n] = row_weights[r] * source[n]
+
+
+@kernel
+def dot_rows(
+    tickets, thread, scratch, places, a, a_ids, b, b_ids,
+    width, add, out,
+):  # fmt: skip
+    """Write or add ``out[r] = a[a_ids[r]] . b[b_ids[r]]``; no ids mean row r."""
+    a, a_ids, b, b_ids, out = borrow(a, a_ids, b, b_ids, out)
+    while True:
+        begin = take_ticket(tickets) * STEP
+        if begin >= out.size:
+            return
+        for r in range(begin, min(begin + STEP, out.size)):
+            i = a_ids[r] if a_ids.size else r
+            j = b_ids[r] if b_ids.size else r
+            value = _dot(a[i * width : (i + 1) * width], b[j * width : (j + 1) * width])
+            out[r] = out[r] + value if add else value
+
+
+@reassociated
+def _dot(a, b):
+    total = a.dtype.type(0.0)
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@kernel
+def sum_segments(
+    tickets, thread, scratch, places, rows, width, token_ids,
+    row_weights, first, last, base, offsets, accumulate, out,
+):  # fmt: skip
+    """Sum the rows of experts first..last, by token and weighted if given.
+
+    `rows` begins at row `base`.
+    """
+    rows, token_ids, row_weights, offsets, out = borrow(rows, token_ids, row_weights, offsets, out)
+    while True:
+        e = first + take_ticket(tickets)
+        if e >= last:
+            return
+        total = out[e * width : (e + 1) * width]
+        if not accumulate:
+            for n in range(width):
+                total[n] = 0.0
+        for r in range(offsets[e], offsets[e + 1]):
+            at = (token_ids[r] if token_ids.size else r - base) * width
+            row = rows[at : at + width]
+            if row_weights.size:
+                for n in range(width):
+                    total[n] += row_weights[r] * row[n]
+            else:
+                for n in range(width):
+                    total[n] += row[n]
+
+
+@kernel
+def activate_rows(
+    tickets, thread, scratch, places, kind, gated, settings,
+    gate_up, inner, out,
+):  # fmt: skip
+    """Write the activation of every row."""
+    settings, gate_up, out = borrow(settings, gate_up, out)
+    width = 2 * inner if gated else inner
+    num_rows = out.size // max(inner, 1)
+    while True:
+        begin = take_ticket(tickets) * STEP
+        if begin >= num_rows:
+            return
+        for r in range(begin, min(begin + STEP, num_rows)):
+            g = gate_up[r * width : r * width + inner]
+            u = gate_up[r * width + inner : (r + 1) * width] if gated else g
+            activate(kind, gated, settings, g, u, out[r * inner : (r + 1) * inner])
+
+
+@kernel
+def activate_rows_backward(
+    tickets, thread, scratch, places, kind, gated, settings,
+    grad_act, gate_up, inner, grad_gate_up,
+):  # fmt: skip
+    """Write the gradient of every row; the activation itself goes to scratch."""
+    settings, grad_act, gate_up, grad_gate_up = borrow(settings, grad_act, gate_up, grad_gate_up)
+    width = 2 * inner if gated else inner
+    num_rows = grad_act.size // max(inner, 1)
+    (act,) = borrow(scratch[thread, :inner])
+    one = act.dtype.type(1.0)
+    while True:
+        begin = take_ticket(tickets) * STEP
+        if begin >= num_rows:
+            return
+        for r in range(begin, min(begin + STEP, num_rows)):
+            g = gate_up[r * width : r * width + inner]
+            grad_g = grad_gate_up[r * width : r * width + inner]
+            u = gate_up[r * width + inner : (r + 1) * width] if gated else g
+            grad_u = grad_gate_up[r * width + inner : (r + 1) * width] if gated else grad_g
+            grad = grad_act[r * inner : (r + 1) * inner]
+            activate_backward(kind, gated, settings, one, grad, g, u, act, grad_g, grad_u)
+
+
+@kernel
+def cut_tasks(
+    offsets, first, last, outputs, step, block, skinny_rows, skinny_rest, lanes, tasks
+):  # fmt: skip
+    """Write the tasks of experts first..last; return their number, also when `tasks` is short.
+
+    One task: expert, first row, rows, first output, outputs, first padded row, rows in the wide
+    form (the first ones). Blocks are nearly equal multiples of the lanes. All rows are skinny up
+    to `skinny_rows`; beyond, what exceeds whole registers is if it is at most `skinny_rest` rows.
+    Padded rows count from expert `first`; every expert's begin anew at a multiple of the lanes.
+    """
+    count, padded_first = 0, 0
+    for e in range(first, last):
+        begin, total = offsets[e], offsets[e + 1] - offsets[e]
+        blocks = max(-(-total // block), 1)
+        size = -(-total // (blocks * lanes)) * lanes
+        for r in range(0, total, max(size, 1)):
+            rows = min(size, total - r)
+            rest = rows % lanes
+            wide_rows = rows - rest if rest <= skinny_rest else rows
+            if total <= skinny_rows:
+                wide_rows = 0
+            for n in range(0, outputs, step):
+                if count < len(tasks):
+                    task = tasks[count]
+                    task[0], task[1], task[2] = e, begin + r, rows
+                    task[3], task[4] = n, min(step, outputs - n)
+                    task[5], task[6] = padded_first + r, wide_rows
+                count += 1
+        padded_first += -(-total // lanes) * lanes
+    return count
+
+
+@kernel
+def cut_gradient_tasks(offsets, first, last, outputs, step, tasks):
+    """Write the tasks of weight gradients: experts first..last, empty ones too."""
+    count = 0
+    for e in range(first, last):
+        for m in range(0, outputs, step):
+            if count < len(tasks):
+                task = tasks[count]
+                task[0], task[1], task[2] = e, offsets[e], offsets[e + 1] - offsets[e]
+                task[3], task[4], task[5], task[6] = m, min(step, outputs - m), 0, 0
+            count += 1
+    return count
+
+
+def group_experts(offsets, most_rows) -> list[tuple[int, int]]:
+    """Return ranges of experts with at most `most_rows` rows together, or one expert."""
+    ends: list[tuple[int, int]] = []
+    first = 0
+    bounds = offsets.tolist()
+    for e in range(len(bounds) - 1):
+        if bounds[e + 1] - bounds[first] > most_rows and e > first:
+            ends.append((first, e))
+            first = e
+    ends.append((first, len(bounds) - 1))
+    return ends

@@ -1,0 +1,107 @@
+"""Threads that run one kernel together, each taking tickets until none is left."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from npmoe._typing import HostArray
+
+# Row starts of one block, which has at most half as many rows.
+_PLACES = 2048
+# Scratch of every thread begins at a cache line of its own, and not at the same place of a page.
+_LINE = 16
+
+
+class Team:
+    """A number of threads with scratch memory of their own.
+
+    The caller is one of them. Two callers take turns. After a fork the threads are started anew.
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        self.num_threads = num_threads
+        self._lock = threading.Lock()
+        self._tickets = np.zeros(1, np.int64)
+        self._places = np.zeros((num_threads, _PLACES), np.int64)
+        self._scratch: dict[Any, HostArray] = {}
+        self._jobs: list[SimpleQueue[Any]] = []
+        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._owner = 0
+
+    def run(
+        self, kernel: Callable[..., None], *args: Any, dtype: Any, room: int, small: bool = False
+    ) -> None:
+        """Call ``kernel(tickets, thread, scratch, places, *args)`` in every thread, and wait.
+
+        `room` numbers of scratch are needed by each; `small` work stays in the caller's thread.
+        """
+        with self._lock:
+            scratch = self._scratch_of(np.dtype(dtype), room)
+            self._tickets[0] = 0
+            call = (self._tickets, scratch, self._places, args)
+            if small or self.num_threads == 1:
+                kernel(self._tickets, 0, scratch, self._places, *args)
+                return
+            self._start()
+            for jobs in self._jobs:
+                jobs.put((kernel, call))
+            failed: BaseException | None = None
+            try:
+                kernel(self._tickets, 0, scratch, self._places, *args)
+            finally:
+                for _ in self._jobs:
+                    failed = self._done.get() or failed
+            if failed is not None:
+                raise failed
+
+    def _scratch_of(self, dtype: Any, room: int) -> HostArray:
+        room = -(-room // _LINE) * _LINE
+        found = self._scratch.get(dtype)
+        if found is None or found.shape[1] < room:
+            found = self._scratch[dtype] = aligned_empty((self.num_threads, room), dtype)
+        return found
+
+    def _start(self) -> None:
+        if self._owner == os.getpid():
+            return
+        self._owner = os.getpid()
+        self._done = SimpleQueue()
+        self._jobs = [SimpleQueue() for _ in range(1, self.num_threads)]
+        for thread, jobs in enumerate(self._jobs, 1):
+            threading.Thread(
+                target=_work, args=(thread, jobs, self._done), name=f"npmoe-{thread}", daemon=True
+            ).start()
+
+
+def _work(thread: int, jobs: SimpleQueue[Any], done: SimpleQueue[BaseException | None]) -> None:
+    while True:
+        kernel, (tickets, scratch, places, args) = jobs.get()
+        failed: BaseException | None = None
+        try:
+            kernel(tickets, thread, scratch, places, *args)
+        except BaseException as error:  # handed to the caller, who raises it
+            failed = error
+        del kernel, tickets, scratch, places, args
+        done.put(failed)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> HostArray:
+    """Return a new C-ordered array that begins at a cache line."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape)
+    memory = np.empty(size + 64 // dtype.itemsize, dtype)
+    skip = -address(memory) % 64 // dtype.itemsize
+    return memory[skip : skip + size].reshape(shape)
+
+
+def address(array: HostArray) -> int:
+    """Return where an array's memory begins."""
+    found: int = array.__array_interface__["data"][0]
+    return found

@@ -1,0 +1,227 @@
+"""``npmoe bench``: time backends and peers beside the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from npmoe import benchmark
+from npmoe._half import HALF_DTYPES, named_dtype
+from npmoe.backends import Backend, available_backends, get_backend
+from npmoe.benchmark.implementations import Peer
+from npmoe.benchmark.text import LEGEND
+from npmoe.benchmark.threads import backend_with_threads, check_threads, usable_cores
+from npmoe.cli._common import check_json, write_json
+from npmoe.errors import BackendUnavailableError, DataError, RangeError, UnsupportedError
+
+HELP = "time backends and peers beside the machine's limits"
+DESCRIPTION = (
+    "Time MoE layers on all usable backends and, where they are installed, on Hugging Face "
+    "transformers with CPU torch, in turn in one run, beside the measured rates of matrix "
+    "products and of reads from memory. A backend whose quick conformance run is red, or whose "
+    "results differ from NumPy's, is not timed."
+)
+_NOT_BY_DEFAULT = ("loopback",)  # a test of the plumbing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        action="extend",
+        metavar="CASE",
+        help=f"names or sizes T,H,I,E,K (all names: {', '.join(benchmark.CASES)})",
+    )
+    parser.add_argument(
+        "--direction", choices=[*benchmark.DIRECTIONS, "both"], default="both", help="(both)"
+    )
+    parser.add_argument(
+        "--backends", metavar="A,B", help="names (all that run here on host arrays)"
+    )
+    names = ", ".join(peer.name for peer in benchmark.PEERS)
+    parser.add_argument(
+        "--peers", metavar="A,B", help=f"of {names}, or none (all that are installed)"
+    )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
+    parser.add_argument(
+        "--weights", choices=HALF_DTYPES, help="of the experts, beside float32 (as --dtype)"
+    )
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="at the most (7)")
+    parser.add_argument(
+        "--budget", type=float, default=20.0, metavar="S", help="seconds per case, direction (20)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of every implementation (usable cores)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write all samples to FILE")
+    parser.add_argument("--plot", metavar="FILE", help="also draw the roofline picture, a PNG")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print a table per case and direction; 1 if something asked for was not timed."""
+    check_json(options.json)
+    _check_plot(options.plot)
+    settings = _settings(options)
+    _require_packages(with_picture=options.plot is not None)
+    backends = _backends(options.backends, settings.threads)
+    peers, named = _peers(options.peers)
+    with closing(_Bar()) as bar:
+
+        def show(event: benchmark.CaseTimings | benchmark.Omission) -> None:
+            if isinstance(event, benchmark.Omission):
+                bar.print(benchmark.omission_text(event))
+            else:
+                bar.print("\n" + benchmark.table_text(event, settings))
+
+        result = benchmark.run_benchmark(
+            settings, backends, peers, asked_peers=named, on_event=show, progress=bar.update
+        )
+    print(f"\n{LEGEND}\n\n{benchmark.machine_text(result.machine)}")
+    write_json(options.json, result.to_dict())
+    if options.plot is not None and result.cases:
+        benchmark.plot_roofline(result, options.plot)
+    print(benchmark.last_line(result))
+    return 0 if result.complete else 1
+
+
+def _settings(options: argparse.Namespace) -> benchmark.Settings:
+    if options.rounds < 1:
+        raise RangeError(f"bench: --rounds must be at least 1, got {options.rounds}.")
+    if not 0 < options.budget < float("inf"):
+        raise RangeError(f"bench: --budget must be positive and finite, got {options.budget}.")
+    if options.weights is not None:
+        if options.dtype != "float32":
+            raise RangeError(
+                f"bench: --weights {options.weights} must come with --dtype float32, got "
+                f"{options.dtype}. Sums are float32 with weights in half precision."
+            )
+        named_dtype("bench", options.weights, "numba")
+    texts = list(benchmark.CASES) if options.case is None else options.case
+    both = options.direction == "both"
+    return benchmark.Settings(
+        cases=tuple(benchmark.parse_case(text) for text in dict.fromkeys(texts)),
+        directions=benchmark.DIRECTIONS if both else (options.direction,),
+        dtype=options.dtype,
+        weights=options.dtype if options.weights is None else options.weights,
+        rounds=options.rounds,
+        budget=options.budget,
+        threads=check_threads(usable_cores() if options.threads is None else options.threads),
+    )
+
+
+def _backends(names: str | None, threads: int) -> list[Backend]:
+    """Return the backends that were named, or all that run here on host arrays."""
+    if names is None:
+        usable = [
+            name
+            for name, found in available_backends().items()
+            if found.ok and name not in _NOT_BY_DEFAULT and get_backend(name).host_arrays
+        ]
+        return [backend_with_threads(name, threads) for name in usable]
+    backends = []
+    for name in _split("backends", names):
+        if not get_backend(name).host_arrays:
+            raise UnsupportedError(
+                f"bench: backend must work on host arrays, got {name!r}. Peers and limits are "
+                "those of the CPU."
+            )
+        backends.append(backend_with_threads(name, threads))
+    return backends
+
+
+def _peers(names: str | None) -> tuple[Sequence[Peer], frozenset[str]]:
+    """Return peers, and the names of those that the user asked for."""
+    if names is None:
+        return benchmark.PEERS, frozenset()
+    if names == "none":
+        return (), frozenset()
+    known = {peer.name: peer for peer in benchmark.PEERS}
+    found = []
+    for name in _split("peers", names):
+        if name not in known:
+            raise RangeError(
+                f"bench: --peers must name known peers, got {name!r}. "
+                f"Known: {', '.join(known)}, or none."
+            )
+        availability = known[name].availability()
+        if not availability.ok:
+            raise BackendUnavailableError(
+                f"bench: peer {name!r} cannot run here: {availability.reason}. "
+                "Run: pip install 'npmoe[parity]'"
+            )
+        found.append(known[name])
+    return found, frozenset(peer.name for peer in found)
+
+
+def _split(option: str, names: str) -> list[str]:
+    """Return each of the names once."""
+    found = [name.strip() for name in names.split(",")]
+    if not all(found):
+        raise RangeError(f"bench: --{option} must be names with commas between, got {names!r}.")
+    return list(dict.fromkeys(found))
+
+
+def _check_plot(path: str | None) -> None:
+    """Raise before the work starts if the picture could not be written after it."""
+    if path is not None and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
+        raise DataError(
+            f"--plot must name a file that can be written, got {path}. "
+            "Make its folder, or choose another file."
+        )
+
+
+def _require_packages(*, with_picture: bool) -> None:
+    """Raise before the work starts if a package is missing that its end would need."""
+    for package in ("threadpoolctl", "tqdm", *(["matplotlib"] if with_picture else [])):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"bench: package {package} must be installed, got none. "
+                "Run: pip install 'npmoe[cli]'"
+            ) from error
+
+
+class _Bar:
+    """The progress bar on stderr, and lines on stdout that do not run into it.
+
+    It appears with the first step, so that an error before it stands alone.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def update(self, what: str, share: float) -> None:
+        """Say what is going on and which share of the run is done."""
+        from tqdm import tqdm  # noqa: PLC0415
+
+        if self._bar is None:
+            seconds = 0.5 if sys.stderr.isatty() else 30.0  # short logs of unattended runs
+            self._bar = tqdm(
+                total=1.0,
+                desc=what,
+                mininterval=seconds,
+                maxinterval=max(10.0, seconds),
+                dynamic_ncols=True,
+                leave=False,
+                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
+            )
+        self._bar.set_description_str(what, refresh=False)
+        self._bar.update(share - self._bar.n)
+
+    def print(self, text: str) -> None:
+        """Print on stdout."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
