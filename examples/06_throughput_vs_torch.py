@@ -5,7 +5,7 @@ attention, its own auxiliary loss), torch.optim.AdamW and gradient clipping. Eac
 takes a few steps in turn, round after round, so that a drifting machine hits all alike; figures
 are medians. The pause and the untimed step between two turns let OpenMP's spinning threads rest.
 
-    pip install 'npmoe[cli,parity]' && python examples/06_throughput_vs_torch.py
+    pip install 'npmoe[cli,numba,parity]' && python examples/06_throughput_vs_torch.py
 """
 
 import argparse
@@ -70,27 +70,32 @@ def main():
     config = language_recipe(text, "topics", steps=1000)
     ids = CharVocabulary(config.characters).encode(text)
     twins = {name: build_twin(config, name) for name in ("grouped_mm", "eager")}
-    times = {name: [] for name in ("npmoe", *twins)}
     with single_threaded_blas():  # the worker processes are forked here and keep this limit
-        trainer = Trainer(config, ids, workers=options.workers)
+        trainers = {
+            f"npmoe {name}": Trainer(config, ids, workers=options.workers, backend=name)
+            for name in ("numpy", "numba")
+        }
+    times = {name: [] for name in (*trainers, *twins)}
     pair = batch(ids, config.model.context_length, config.batch_size, 0, 0)
     steps = {
-        "npmoe": trainer.step,
+        **{name: trainer.step for name, trainer in trainers.items()},
         **{n: functools.partial(torch_step, *twin, *pair) for n, twin in twins.items()},
     }
     for _ in range(options.rounds):
         for name, step in steps.items():
             time.sleep(0.3)
-            with single_threaded_blas() if name == "npmoe" else contextlib.nullcontext():
+            with single_threaded_blas() if name in trainers else contextlib.nullcontext():
                 step()
                 for _ in range(STEPS_PER_TURN):
                     start = time.perf_counter()
                     step()
                     times[name].append(time.perf_counter() - start)
-    trainer.close()
+    for trainer in trainers.values():
+        trainer.close()
     speed = {n: config.tokens_per_step / statistics.median(t) for n, t in times.items()}
     for name, value in speed.items():
-        print(f"{name:12s} {value:9,.0f} tokens/s   npmoe / this = {speed['npmoe'] / value:.2f}")
+        ratios = "  ".join(f"{n} / this = {speed[n] / value:.2f}" for n in trainers)
+        print(f"{name:12s} {value:9,.0f} tokens/s   {ratios}")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ def compose_forward(
     cfg: MoEConfig,
     *,
     dropout: Array | None = None,
-) -> tuple[Array, Array]:
-    """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5)."""
+    save: bool = True,
+) -> tuple[Array, Array | None]:
+    """Return the output (T, H) and, if it is saved, gate_up (R, 2I); eq. (3) to (5)."""
     rows = run.gather_rows(x, plan)  # (R, H)
     if cfg.weight_position == "input":
         rows = run.scale_rows(rows, plan, topk_weights)
@@ -37,10 +38,10 @@ def compose_forward(
         if params.down_bias is not None:
             bias_rows = run.spread_experts(params.down_bias, plan)
             y_sorted = run.add(y_sorted, run.scale_rows(bias_rows, plan, topk_weights))
-        return run.combine_rows(y_sorted, plan), gate_up
+        return run.combine_rows(y_sorted, plan), gate_up if save else None
     y_sorted = run.grouped_gemm(act, params.down_proj, plan, bias=params.down_bias)
     weights = topk_weights if cfg.weight_position == "output" else None
-    return run.combine_rows(y_sorted, plan, topk_weights=weights), gate_up
+    return run.combine_rows(y_sorted, plan, topk_weights=weights), gate_up if save else None
 
 
 def compose_backward(

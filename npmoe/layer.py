@@ -125,7 +125,7 @@ def moe_forward(
         output, saved = soft_forward(run, x, params, cfg, shape=shape, token_mask=mask, rng=rng)
     else:
         output, saved = routed_forward(
-            run, x, params, cfg, shape=shape, token_mask=mask, topk_ids=replay, rng=rng
+            run, x, params, cfg, shape=shape, token_mask=mask, topk_ids=replay, rng=rng, save=save
         )
     valid = saved.routing.token_mask
     if cfg.shared_intermediate_size:  # eq. (15)

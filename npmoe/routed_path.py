@@ -42,6 +42,7 @@ def routed_forward(
     token_mask: Array | None,
     topk_ids: Array | None,
     rng: np.random.Generator | None,
+    save: bool,
 ) -> tuple[Array, SavedTensors]:
     """Return the routed output (T, H) and what the backward pass needs; eq. (1) to (5)."""
     dtype = str(x.dtype)
@@ -78,7 +79,9 @@ def routed_forward(
         routing = replace(routing, topk_weights=weights)
     weights = run.cast(routing.topk_weights, dtype)
     dropout = draw_dropout(run, plan, cfg, rng, dtype)
-    output, gate_up = forward_experts(run)(x, params, plan, weights, cfg, dropout=dropout)
+    output, gate_up = forward_experts(run)(
+        x, params, plan, weights, cfg, dropout=dropout, save=save
+    )
     if cfg.num_identity_experts:
         identity = run.combine_identity(x, routing.topk_ids, weights, cfg.num_experts)
         output = run.add(output, identity)
@@ -158,7 +161,7 @@ def routed_backward(
     )
 
 
-def forward_experts(run: Backend) -> partial[tuple[Array, Array]]:
+def forward_experts(run: Backend) -> partial[tuple[Array, Array | None]]:
     """Return the backend's fused expert core, or the one composed from its verbs."""
     if hasattr(run, "experts_forward"):  # isinstance of a protocol takes longer than a token
         return partial(run.experts_forward)

@@ -290,10 +290,11 @@ class NumbaBackend(ReferenceBackend):
         cfg: MoEConfig,
         *,
         dropout: HostArray | None = None,
-    ) -> tuple[HostArray, HostArray]:
+        save: bool = True,
+    ) -> tuple[HostArray, HostArray | None]:
         """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5) of `npmoe.layer`."""
         return core.experts_forward(
-            self._engines[x.dtype], x, params, plan, topk_weights, cfg, dropout
+            self._engines[x.dtype], x, params, plan, topk_weights, cfg, dropout, save
         )
 
     def experts_backward(

@@ -18,38 +18,40 @@ from . import rows
 from .curves import curve_of
 from .launch import NO_IDS, Engine, Group, flat
 
-# Rows of a group, at least; and its share of all rows. More would only cost memory.
-_LEAST_ROWS = 256
+# A group has at least rows for so many numbers, and a share of all rows beyond its largest expert.
+# Larger ones would only cost memory, smaller ones calls.
+_LEAST_NUMBERS = 2**20
 _SHARE = 16
 
 
 def experts_forward(
     engine: Engine, x: HostArray, params: MoEParams, plan: DispatchPlan, topk_weights: HostArray,
-    cfg: MoEConfig, dropout: HostArray | None,
-) -> tuple[HostArray, HostArray]:  # fmt: skip
-    """Return the output (T, H) and gate_up (R, 2I)."""
+    cfg: MoEConfig, dropout: HostArray | None, save: bool,
+) -> tuple[HostArray, HostArray | None]:  # fmt: skip
+    """Return the output (T, H), and gate_up (R, 2I) if it is saved."""
     num_rows, hidden = plan.num_rows, x.shape[1]
     inner, position = params.down_proj.shape[2], cfg.weight_position
     curve = curve_of(cfg, engine.dtype)
     token_ids = flat(plan.token_ids)
     weights = row_weights(topk_weights, plan)
-    gate_up = engine.empty(num_rows, params.gate_up_proj.shape[1])
     y = engine.empty(num_rows, hidden)
-    groups = _groups(plan)
+    groups = _groups(plan, params)
+    kept_rows = num_rows if save else max(g.num_rows for g in groups)
+    gate_up = engine.empty(kept_rows, params.gate_up_proj.shape[1])
     act = engine.empty(max(engine.padded_rows(g) for g in groups) * inner)
     x_flat, gate_up_flat, y_flat = flat(x), gate_up.reshape(-1), y.reshape(-1)
     for group in groups:
         engine.project_and_activate(
             x_flat, hidden, token_ids, params.gate_up_proj, group, curve, gate_up_flat, act,
             row_scale=weights if position == "input" else None, bias=params.gate_up_bias,
-            dropout=dropout, act_scale=weights if position == "mid" else None,
+            dropout=dropout, act_scale=weights if position == "mid" else None, save=save,
         )  # fmt: skip
         engine.project(
             act, inner, params.down_proj, group, y_flat, rows_depth=hidden, bias=params.down_bias,
             bias_scale=weights if position == "mid" else None,
         )  # fmt: skip
     weighted = topk_weights if position == "output" else None
-    return combine(engine, y_flat, plan, weighted, hidden), gate_up
+    return combine(engine, y_flat, plan, weighted, hidden), gate_up if save else None
 
 
 def experts_backward(
@@ -66,7 +68,7 @@ def experts_backward(
     weights = row_weights(topk_weights, plan)
     grads = _Gradients(engine, params, out, accumulate)
     grad_down, grad_gate_up_proj = grads.of("down_proj"), grads.of("gate_up_proj")
-    groups = _groups(plan)
+    groups = _groups(plan, params)
     most = max(g.num_rows for g in groups)
     act, grad_pre = engine.empty(most * inner), engine.empty(most * wide)
     grad_rows = engine.empty(num_rows * hidden)
@@ -184,9 +186,12 @@ def scatter_routes(values: HostArray, plan: DispatchPlan) -> HostArray:
     return spread.reshape(plan.num_tokens, plan.top_k)
 
 
-def _groups(plan: DispatchPlan) -> list[Group]:
+def _groups(plan: DispatchPlan, params: MoEParams) -> list[Group]:
     """Cut the experts into groups; an expert with more rows than the limit is one alone."""
     offsets = flat(plan.expert_offsets)
-    counts = np.diff(offsets)
-    most = max(_LEAST_ROWS, int(counts.max()) + plan.num_rows // _SHARE)
+    _, hidden, inner = params.down_proj.shape
+    most = max(
+        _LEAST_NUMBERS // (3 * inner + hidden),
+        int((offsets[1:] - offsets[:-1]).max()) + plan.num_rows // _SHARE,
+    )
     return [Group(offsets, *ends) for ends in rows.group_experts(offsets, most)]

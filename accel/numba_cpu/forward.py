@@ -99,12 +99,13 @@ def _add_bias(bias, b_start, width, scales, first, rows, y, start, stride):
 @kernel
 def project_and_activate(
     tickets, thread, scratch, places, tasks, panel, lanes, room, x, depth, token_ids, row_scale, w,
-    wide_size, half, bias, kind, gated, settings, dropout, act_scale, gate_up, act,
+    wide_size, half, bias, kind, gated, settings, dropout, act_scale, save, base, gate_up, act,
 ):  # fmt: skip
     """Write ``gate_up = row_scale x w.T + bias`` (R, 2I) and its activation, by padded rows.
 
     The activation is multiplied by `dropout` (R, I) and `act_scale` (R,), if given, and laid out
-    for `project`: panels [I][columns] for the wide form, rows for the skinny one.
+    for `project`: panels [I][columns] for the wide form, rows for the skinny one. `gate_up` begins
+    at row `base`; without `save` it is room for rows of the skinny form, and not a result.
     """
     (
         tasks, x, token_ids, row_scale, w, bias, settings, dropout, act_scale, gate_up, act
@@ -141,8 +142,10 @@ def project_and_activate(
                         row = mine[c + i * columns : c + (i + 1) * columns]
                         for t in range(columns):
                             row[t] += b
-                spread_panel(mine, c, columns, here, width, lanes, starts, gate_up,
-                             (first + begin) * wide_size + n, wide_size, True)  # fmt: skip
+                if save:
+                    spread_panel(mine, c, columns, here, width, lanes, starts, gate_up,
+                                 (first - base + begin) * wide_size + n, wide_size,
+                                 True)  # fmt: skip
             goal = (padded_first + begin) * inner + n0 * columns
             out = act[goal : goal + size]
             second = room + (halves - 1) * size
@@ -157,7 +160,7 @@ def project_and_activate(
             continue
         for h in range(halves):
             n = h * inner + n0
-            to = (first + wide_rows) * wide_size + n
+            to = (first - base + wide_rows) * wide_size + n
             skinny_product(mine, wide_rows * depth, depth, rows - wide_rows, w,
                            (e * wide_size + n) * depth, depth, width, half, lanes, gate_up, to,
                            wide_size)  # fmt: skip
@@ -165,7 +168,7 @@ def project_and_activate(
                 _add_bias(bias, e * wide_size + n, width, bias[:0], first, rows - wide_rows,
                           gate_up, to, wide_size)  # fmt: skip
         for r in range(wide_rows, rows):
-            at = (first + r) * wide_size + n0
+            at = (first - base + r) * wide_size + n0
             goal = (padded_first + r) * inner + n0
             second = at + (halves - 1) * inner
             out = act[goal : goal + width]

@@ -124,7 +124,7 @@ class Engine:
     def project_and_activate(
         self, x: HostArray, depth: int, token_ids: HostArray, weight: HostArray, group: Group,
         curve: Curve, gate_up: HostArray, act: HostArray, *, row_scale: HostArray | None,
-        bias: HostArray | None, dropout: HostArray | None, act_scale: HostArray | None,
+        bias: HostArray | None, dropout: HostArray | None, act_scale: HostArray | None, save: bool,
     ) -> None:  # fmt: skip
         """Run `forward.project_and_activate` for weight (E, 2I, depth)."""
         wide_size = weight.shape[1]
@@ -136,7 +136,7 @@ class Engine:
             forward.project_and_activate, tasks, self.panel, self.lanes, room, x, depth, token_ids,
             self._maybe(row_scale), flat(weight), wide_size, half_code(weight), self._maybe(bias),
             curve.kind, curve.gated, curve.settings, self._maybe(dropout), self._maybe(act_scale),
-            gate_up, act,
+            save, 0 if save else group.base, gate_up, act,
             dtype=self.dtype, room=room + 2 * step * self.panel + ROWS * DEPTH,
             small=group.num_rows * depth * wide_size < _SMALL,
         )  # fmt: skip

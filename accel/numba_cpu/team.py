@@ -22,18 +22,22 @@ _LINE = 16
 class Team:
     """A number of threads with scratch memory of their own.
 
-    The caller is one of them. Two callers take turns. After a fork the threads are started anew.
+    The caller is one of them. Two callers take turns. In a forked child the team is the caller
+    alone: whoever forks workers has given each of them a share of the machine.
     """
 
     def __init__(self, num_threads: int) -> None:
+        self._begin(num_threads)
+
+    def _begin(self, num_threads: int) -> None:
         self.num_threads = num_threads
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._tickets = np.zeros(1, np.int64)
         self._places = np.zeros((num_threads, _PLACES), np.int64)
         self._scratch: dict[Any, HostArray] = {}
         self._jobs: list[SimpleQueue[Any]] = []
         self._done: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._owner = 0
 
     def run(
         self, kernel: Callable[..., None], *args: Any, dtype: Any, room: int, small: bool = False
@@ -42,6 +46,8 @@ class Team:
 
         `room` numbers of scratch are needed by each; `small` work stays in the caller's thread.
         """
+        if self._owner != os.getpid():  # forked; a thread of the parent may have held the lock
+            self._begin(1)
         with self._lock:
             scratch = self._scratch_of(np.dtype(dtype), room)
             self._tickets[0] = 0
@@ -69,10 +75,8 @@ class Team:
         return found
 
     def _start(self) -> None:
-        if self._owner == os.getpid():
+        if self._jobs:
             return
-        self._owner = os.getpid()
-        self._done = SimpleQueue()
         self._jobs = [SimpleQueue() for _ in range(1, self.num_threads)]
         for thread, jobs in enumerate(self._jobs, 1):
             threading.Thread(

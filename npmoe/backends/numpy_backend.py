@@ -41,18 +41,20 @@ class NumpyBackend(ReferenceBackend):
         cfg: MoEConfig,
         *,
         dropout: HostArray | None = None,
-    ) -> tuple[HostArray, HostArray]:
+        save: bool = True,
+    ) -> tuple[HostArray, HostArray | None]:
         """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5) of `npmoe.layer`."""
         forward = ops.activation_of(cfg).forward
         position = cfg.weight_position
         row_weights = _row_weights(topk_weights, plan)
-        gate_up = np.empty((plan.num_rows, params.gate_up_proj.shape[1]), x.dtype)
+        shape = (plan.num_rows, params.gate_up_proj.shape[1])
+        gate_up = np.empty(shape, x.dtype) if save else None
         y_sorted = np.empty((plan.num_rows, x.shape[1]), x.dtype)
         for e, rows, w1, w2 in _blocks(plan, params):
             tokens = _gather(x, plan, rows)
             if position == "input":
                 tokens *= row_weights[rows]
-            pre = np.matmul(tokens, w1.T, out=gate_up[rows])
+            pre = np.matmul(tokens, w1.T, out=None if gate_up is None else gate_up[rows])
             if params.gate_up_bias is not None:
                 pre += params.gate_up_bias[e]
             act = forward(pre)

@@ -48,8 +48,12 @@ class FusedExperts(Protocol):
         cfg: MoEConfig,
         *,
         dropout: Array | None = None,
-    ) -> tuple[Array, Array]:
-        """Return the output (T, H) and gate_up (R, 2I); dropout (R, I) multiplies activations."""
+        save: bool = True,
+    ) -> tuple[Array, Array | None]:
+        """Return the output (T, H) and gate_up (R, 2I); dropout (R, I) multiplies activations.
+
+        Without `save` there will be no backward pass, and gate_up may be None.
+        """
 
     def experts_backward(
         self,
