@@ -102,3 +102,13 @@ def check_gradients(
         check_same_dtype(
             name, "grad_router_logits", grad_router_logits, router_logits.dtype, source
         )
+
+
+def check_writable(name: str, out: MoEParams) -> None:
+    """Raise unless every array that gradients are written into can be written."""
+    for field in MoEParams.__dataclass_fields__:
+        flags = getattr(getattr(out, field), "flags", None)
+        if flags is not None and not flags.writeable:
+            raise RangeError(
+                f"{name}: out.{field} must be writable, got a read-only array. Give a copy."
+            )

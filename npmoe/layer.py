@@ -39,7 +39,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from npmoe._layer_checks import check_gradients, check_inputs, flat_ids, flat_mask
+from npmoe._layer_checks import (
+    check_gradients,
+    check_inputs,
+    check_writable,
+    flat_ids,
+    flat_mask,
+)
 from npmoe._typing import Array
 from npmoe.backends import Backend, get_backend
 from npmoe.config import MoEConfig
@@ -178,7 +184,7 @@ def moe_backward(
     ShapeError, DTypeError
         If a gradient does not fit the forward pass.
     RangeError
-        For `accumulate` without `out`.
+        For `accumulate` without `out`, or a read-only array in `out`.
 
     Notes
     -----
@@ -197,6 +203,7 @@ def moe_backward(
         raise RangeError(f"{name}: accumulate must come with out, got out=None. Nothing to add to.")
     if out is not None:
         check_params(name, out, cfg, x.dtype, "hidden_states", label="out")
+        check_writable(name, out)
     grad = grad_output.reshape(x.shape)
     valid = saved.routing.token_mask
     if valid is not None:

@@ -254,3 +254,16 @@ def test_backward_without_saved_tensors() -> None:
     assert backward_message(RangeError, normal(5, 4), nothing, PARAMS) == (
         "moe_backward: saved must come from a forward pass with save=True, got None."
     )
+
+
+def test_read_only_out() -> None:
+    cfg = npmoe.MoEConfig(hidden_size=2, intermediate_size=3, num_experts=2, top_k=1)
+    params = npmoe.init_params(cfg)
+    out, saved = npmoe.moe_forward(np.ones((2, 2), np.float32), params, cfg)
+    given = npmoe.init_params(cfg)
+    given.down_proj.flags.writeable = False
+    with pytest.raises(npmoe.RangeError) as caught:
+        npmoe.moe_backward(out, saved, params, out=given)
+    assert str(caught.value) == (
+        "moe_backward: out.down_proj must be writable, got a read-only array. Give a copy."
+    )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from npmoe import dispatch, routing
 from npmoe._typing import HostArray
 from npmoe.backends import ExpertGrads, ReferenceBackend
-from npmoe.config import MoEConfig
+from npmoe.config import DropPolicy, MoEConfig, SlotOrder
 from npmoe.dispatch import DispatchPlan
-from npmoe.errors import RangeError
+from npmoe.errors import RangeError, UnsupportedError
 from npmoe.params import MoEParams
 from npmoe.routing import Routing
 
@@ -59,9 +60,20 @@ class NumbaBackend(ReferenceBackend):
             np.dtype(name): Engine(team, name, skinny_rows) for name in ("float32", "float64")
         }
 
+    def _engine(self, name: str, array: HostArray) -> Engine:
+        """Return the engine of an array's dtype, which decides a verb's."""
+        engine = self._engines.get(array.dtype)
+        if engine is None:
+            raise UnsupportedError(
+                f"numba: {name} must have dtype float32 or float64 in native byte order, got "
+                f"{array.dtype.str}. Convert it with astype; weights alone may be float16 or "
+                "bfloat16."
+            )
+        return engine
+
     def linear(self, x: HostArray, weight: HostArray, bias: HostArray | None = None) -> HostArray:
         """Return ``x @ weight.T + bias``; see `npmoe.ops.linear`."""
-        engine = self._engines[x.dtype]
+        engine = self._engine("x", x)
         y = np.empty((len(x), len(weight)), x.dtype)
         if y.size:
             engine.project(flat(x), x.shape[1], weight[None], _whole(x), y.reshape(-1),
@@ -72,7 +84,7 @@ class NumbaBackend(ReferenceBackend):
         self, grad_y: HostArray, x: HostArray, weight: HostArray, bias: HostArray | None = None
     ) -> tuple[HostArray, HostArray, HostArray | None]:
         """Return (grad_x, grad_weight, grad_bias); see `npmoe.ops.linear_backward`."""
-        engine, one = self._engines[x.dtype], _whole(x)
+        engine, one = self._engine("x", x), _whole(x)
         grad_x, grad_weight = np.empty(x.shape, x.dtype), engine.empty(1, *weight.shape)
         grad_flat = flat(grad_y)
         engine.project_back(grad_flat, 0, weight[None], one, grad_x.reshape(-1))
@@ -138,7 +150,7 @@ class NumbaBackend(ReferenceBackend):
         ids, broken = np.empty((num_tokens, cfg.top_k), np.int32), np.zeros(1, np.int8)
         softmax, after = cfg.score_fn == "softmax", cfg.router_order == "topk_score"
         bias = none if selection_bias is None else flat(selection_bias.astype(dtype, copy=False))
-        self._engines[dtype].over_rows(
+        self._engine("router_logits", logits).over_rows(
             router.route_rows, flat(logits), size, softmax,
             after or cfg.selection_bias_on == "logits", softmax and after, bias,
             cfg.renormalize and (cfg.renorm_single or cfg.top_k > 1), cfg.renorm_eps,
@@ -147,17 +159,44 @@ class NumbaBackend(ReferenceBackend):
         )  # fmt: skip
         return None if broken[0] else (probs, ids, weights)
 
-    def plan_dispatch(self, topk_ids: HostArray, **options: Any) -> DispatchPlan:
+    def plan_dispatch(
+        self,
+        topk_ids: HostArray,
+        *,
+        num_experts: int,
+        num_identity_experts: int = 0,
+        capacity: int | Sequence[int] | None = None,
+        drop_policy: DropPolicy = "position",
+        slot_order: SlotOrder = "priority",
+        topk_weights: HostArray | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> DispatchPlan:
         """Sort routes by expert by counting; see `npmoe.plan_dispatch`, which does capacities."""
-        num_experts = options["num_experts"]
-        identity = options.get("num_identity_experts", 0)
-        if options.get("capacity") is not None or identity or topk_ids.size >= 2**31:
-            return dispatch.plan_dispatch(topk_ids, **options)
+        plan = None
+        if capacity is None and not num_identity_experts and topk_ids.dtype == np.int32:
+            plan = self._count_plan(topk_ids, num_experts)
+        if plan is not None:
+            return plan
+        return dispatch.plan_dispatch(
+            topk_ids,
+            num_experts=num_experts,
+            num_identity_experts=num_identity_experts,
+            capacity=capacity,
+            drop_policy=drop_policy,
+            slot_order=slot_order,
+            topk_weights=topk_weights,
+            rng=rng,
+        )
+
+    def _count_plan(self, topk_ids: HostArray, num_experts: int) -> DispatchPlan | None:
+        """Return the plan without drops, or None if an id is out of range or there are too many."""
+        if topk_ids.size >= 2**31:
+            return None
         num_tokens, top_k = topk_ids.shape
-        ids = flat(topk_ids.astype(np.int32, copy=False))
+        ids = flat(topk_ids)
         offsets = np.empty(num_experts + 1, np.int32)
         if not kernels.count_routes(ids, num_experts, offsets):
-            return dispatch.plan_dispatch(topk_ids, **options)  # raises
+            return None
         pair_ids, token_ids = np.empty((2, offsets[-1]), np.int32)
         row_ids = np.empty(ids.size, np.int32)
         kernels.place_routes(ids, top_k, num_experts, offsets, np.empty(num_experts, np.int32),
@@ -174,7 +213,7 @@ class NumbaBackend(ReferenceBackend):
     def gather_rows(self, x: HostArray, plan: DispatchPlan) -> HostArray:
         """(T, H) -> (R, H)."""
         out = np.empty((plan.num_rows, x.shape[1]), x.dtype)
-        self._engines[x.dtype].over_rows(
+        self._engine("x", x).over_rows(
             kernels.gather, flat(x), x.shape[1], flat(plan.token_ids), out.reshape(-1),
             numbers=out.size,
         )  # fmt: skip
@@ -184,14 +223,14 @@ class NumbaBackend(ReferenceBackend):
         self, rows: HostArray, plan: DispatchPlan, *, topk_weights: HostArray | None = None
     ) -> HostArray:
         """(R, H) -> (T, H)."""
-        engine = self._engines[rows.dtype]
+        engine = self._engine("rows", rows)
         return core.combine(engine, flat(rows), plan, topk_weights, rows.shape[1])
 
     def scale_rows(self, rows: HostArray, plan: DispatchPlan, topk_weights: HostArray) -> HostArray:
         """Multiply rows by their routes' weights."""
         out = np.empty(rows.shape, rows.dtype)
         weights = core.row_weights(topk_weights, plan)
-        self._engines[rows.dtype].over_rows(
+        self._engine("rows", rows).over_rows(
             kernels.scale, flat(rows), rows.shape[1], weights, out.reshape(-1), numbers=out.size
         )
         return out
@@ -199,7 +238,7 @@ class NumbaBackend(ReferenceBackend):
     def row_dot(self, rows_a: HostArray, rows_b: HostArray, plan: DispatchPlan) -> HostArray:
         """(R, N), (R, N) -> (T, K)."""
         out = np.empty(plan.num_rows, rows_a.dtype)
-        self._engines[rows_a.dtype].over_rows(
+        self._engine("rows_a", rows_a).over_rows(
             kernels.dot_rows, flat(rows_a), NO_IDS, flat(rows_b), NO_IDS, rows_a.shape[1], False,
             out,
             numbers=rows_a.size,
@@ -216,7 +255,7 @@ class NumbaBackend(ReferenceBackend):
         transposed: bool = False,
     ) -> HostArray:
         """(R, N), (E, M, N) -> (R, M); see `npmoe.ops.grouped_gemm`."""
-        engine, group = self._engines[x.dtype], _all(plan)
+        engine, group = self._engine("x", x), _all(plan)
         y = np.empty((plan.num_rows, weight.shape[2 if transposed else 1]), x.dtype)
         if transposed:
             engine.project_back(flat(x), 0, weight, group, y.reshape(-1))
@@ -234,7 +273,7 @@ class NumbaBackend(ReferenceBackend):
         accumulate: bool = False,
     ) -> HostArray:
         """(R, N), (R, M) -> (E, M, N); see `npmoe.ops.grouped_gemm_wgrad`."""
-        engine = self._engines[x.dtype]
+        engine = self._engine("x", x)
         shape = (plan.num_experts, grad_y.shape[1], x.shape[1])
         goal = out
         if goal is None or not (goal.flags.c_contiguous and goal.flags.aligned):
@@ -252,16 +291,17 @@ class NumbaBackend(ReferenceBackend):
     def segment_sum(self, rows: HostArray, plan: DispatchPlan) -> HostArray:
         """(R, N) -> (E, N)."""
         out = np.empty((plan.num_experts, rows.shape[1]), rows.dtype)
-        engine = self._engines[rows.dtype]
+        engine = self._engine("rows", rows)
         core.sum_segments(engine, flat(rows), rows.shape[1], _all(plan), out, False)
         return out
 
     def activation(self, gate_up: HostArray, cfg: MoEConfig, *, shared: bool = False) -> HostArray:
         """(R, 2I) -> (R, I)."""
-        curve = curve_of(cfg, gate_up.dtype, shared=shared)
+        engine = self._engine("gate_up", gate_up)
+        curve = curve_of(cfg, engine.dtype, shared=shared)
         inner = gate_up.shape[1] // 2 if curve.gated else gate_up.shape[1]
-        out = np.empty((len(gate_up), inner), gate_up.dtype)
-        self._engines[gate_up.dtype].over_rows(
+        out = np.empty((len(gate_up), inner), engine.dtype)
+        engine.over_rows(
             kernels.activate_rows, curve.kind, curve.gated, curve.settings, flat(gate_up), inner,
             out.reshape(-1), numbers=8 * gate_up.size,
         )  # fmt: skip
@@ -271,9 +311,9 @@ class NumbaBackend(ReferenceBackend):
         self, grad_act: HostArray, gate_up: HostArray, cfg: MoEConfig, *, shared: bool = False
     ) -> HostArray:
         """Return grad_gate_up."""
-        curve = curve_of(cfg, gate_up.dtype, shared=shared)
-        grad_gate_up = np.empty(gate_up.shape, gate_up.dtype)
-        engine = self._engines[gate_up.dtype]
+        engine = self._engine("gate_up", gate_up)
+        curve = curve_of(cfg, engine.dtype, shared=shared)
+        grad_gate_up = np.empty(gate_up.shape, engine.dtype)
         engine.over_rows(
             kernels.activate_rows_backward, curve.kind, curve.gated, curve.settings,
             flat(grad_act), flat(gate_up), grad_act.shape[1], grad_gate_up.reshape(-1),
@@ -294,7 +334,7 @@ class NumbaBackend(ReferenceBackend):
     ) -> tuple[HostArray, HostArray | None]:
         """Return the output (T, H) and gate_up (R, 2I); eq. (3) to (5) of `npmoe.layer`."""
         return core.experts_forward(
-            self._engines[x.dtype], x, params, plan, topk_weights, cfg, dropout, save
+            self._engine("x", x), x, params, plan, topk_weights, cfg, dropout, save
         )
 
     def experts_backward(
@@ -313,7 +353,7 @@ class NumbaBackend(ReferenceBackend):
     ) -> ExpertGrads:
         """Return the gradients of the expert core; eq. (6) to (11) of `npmoe.layer`."""
         return core.experts_backward(
-            self._engines[x.dtype], grad_output, x, gate_up, params, plan, topk_weights, cfg,
+            self._engine("x", x), grad_output, x, gate_up, params, plan, topk_weights, cfg,
             dropout, out, accumulate,
         )  # fmt: skip
 

@@ -156,8 +156,8 @@ def combine(
     out = np.empty((plan.num_tokens, width), engine.dtype)
     weights = engine.none if topk_weights is None else flat(topk_weights)
     engine.over_rows(
-        rows.combine, y, width, flat(plan.row_ids), plan.top_k, weights, out.reshape(-1),
-        numbers=plan.num_tokens * plan.top_k * width,
+        rows.combine, y, width, flat(plan.row_ids), plan.num_tokens, plan.top_k, weights,
+        out.reshape(-1), numbers=plan.num_tokens * (plan.top_k + 1) * width,
     )  # fmt: skip
     return out
 
@@ -176,7 +176,7 @@ def sum_segments(
 
 def row_weights(topk_weights: HostArray, plan: DispatchPlan) -> HostArray:
     """Return the weight of every row (R,)."""
-    return np.ascontiguousarray(topk_weights).reshape(-1)[plan.pair_ids]
+    return flat(topk_weights)[plan.pair_ids]
 
 
 def scatter_routes(values: HostArray, plan: DispatchPlan) -> HostArray:

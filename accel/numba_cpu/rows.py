@@ -52,12 +52,10 @@ def place_routes(
 
 @kernel
 def combine(
-    tickets, thread, scratch, places, rows, width, row_ids,
-    top_k, weights, out,
+    tickets, thread, scratch, places, rows, width, row_ids, num_tokens, top_k, weights, out,
 ):  # fmt: skip
     """Write ``out[t] = sum over k of weights[t, k] * rows[row_ids[t, k]]``, k ascending."""
     rows, row_ids, weights, out = borrow(rows, row_ids, weights, out)
-    num_tokens = row_ids.size // top_k
     while True:
         begin = take_ticket(tickets) * STEP
         if begin >= num_tokens:

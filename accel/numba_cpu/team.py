@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -19,6 +20,9 @@ _PLACES = 2048
 _LINE = 16
 
 
+_teams: weakref.WeakSet[Team] = weakref.WeakSet()
+
+
 class Team:
     """A number of threads with scratch memory of their own.
 
@@ -28,16 +32,15 @@ class Team:
 
     def __init__(self, num_threads: int) -> None:
         self._begin(num_threads)
+        _teams.add(self)
 
     def _begin(self, num_threads: int) -> None:
         self.num_threads = num_threads
-        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._tickets = np.zeros(1, np.int64)
         self._places = np.zeros((num_threads, _PLACES), np.int64)
         self._scratch: dict[Any, HostArray] = {}
         self._jobs: list[SimpleQueue[Any]] = []
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def run(
         self, kernel: Callable[..., None], *args: Any, dtype: Any, room: int, small: bool = False
@@ -46,8 +49,6 @@ class Team:
 
         `room` numbers of scratch are needed by each; `small` work stays in the caller's thread.
         """
-        if self._owner != os.getpid():  # forked; a thread of the parent may have held the lock
-            self._begin(1)
         with self._lock:
             scratch = self._scratch_of(np.dtype(dtype), room)
             self._tickets[0] = 0
@@ -56,14 +57,16 @@ class Team:
                 kernel(self._tickets, 0, scratch, self._places, *args)
                 return
             self._start()
+            # A queue of this call's own: an interrupted wait leaves nothing for the next call.
+            done: SimpleQueue[BaseException | None] = SimpleQueue()
             for jobs in self._jobs:
-                jobs.put((kernel, call))
+                jobs.put((kernel, call, done))
             failed: BaseException | None = None
             try:
                 kernel(self._tickets, 0, scratch, self._places, *args)
             finally:
                 for _ in self._jobs:
-                    failed = self._done.get() or failed
+                    failed = done.get() or failed
             if failed is not None:
                 raise failed
 
@@ -80,13 +83,13 @@ class Team:
         self._jobs = [SimpleQueue() for _ in range(1, self.num_threads)]
         for thread, jobs in enumerate(self._jobs, 1):
             threading.Thread(
-                target=_work, args=(thread, jobs, self._done), name=f"npmoe-{thread}", daemon=True
+                target=_work, args=(thread, jobs), name=f"npmoe-{thread}", daemon=True
             ).start()
 
 
-def _work(thread: int, jobs: SimpleQueue[Any], done: SimpleQueue[BaseException | None]) -> None:
+def _work(thread: int, jobs: SimpleQueue[Any]) -> None:
     while True:
-        kernel, (tickets, scratch, places, args) = jobs.get()
+        kernel, (tickets, scratch, places, args), done = jobs.get()
         failed: BaseException | None = None
         try:
             kernel(tickets, thread, scratch, places, *args)
@@ -94,6 +97,17 @@ def _work(thread: int, jobs: SimpleQueue[Any], done: SimpleQueue[BaseException |
             failed = error
         del kernel, tickets, scratch, places, args
         done.put(failed)
+        del done
+
+
+def _forget_threads() -> None:
+    """Make every team of a forked child its caller alone: threads and locks stayed behind."""
+    for team in _teams:
+        team._begin(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> HostArray:

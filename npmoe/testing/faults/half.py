@@ -113,7 +113,9 @@ class FusedRounding(NumpyBackend):
 
     name: ClassVar[str] = "fused-rounding"
 
-    def experts_forward(self, *arguments: Any, **options: Any) -> tuple[HostArray, HostArray | None]:
+    def experts_forward(
+        self, *arguments: Any, **options: Any
+    ) -> tuple[HostArray, HostArray | None]:
         """Run the core on wrong products."""
         return compose_forward(RoundedActivations(), *arguments, **options)
 
