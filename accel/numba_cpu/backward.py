@@ -50,13 +50,18 @@ def _choose_stream(
         a, a_start, a_stride, rows, w, start, depth,
         outputs, width, panel, c, c_stride,
     ):  # fmt: skip
+        line = LINE_BYTES // w.itemsize
         for k in range(0, depth, _STREAMS):
             count = min(_STREAMS, depth - k)
             for n in range(0, width, panel):
+                here = start + k * outputs + n
+                # The first tile asks for what the next rows hold below these.
+                later, asked = here + _STREAMS * outputs, min(_STREAMS, depth - k - count)
                 for m in range(0, rows, ROWS):
-                    tile_rows(a, a_start + m * a_stride + k, a_stride, w, start + k * outputs + n,
-                              outputs, c, m * c_stride + n, c_stride, count, min(ROWS, rows - m),
-                              k > 0, w, 0, 0, 0, 0, 0)  # fmt: skip
+                    tile_rows(a, a_start + m * a_stride + k, a_stride, w, here, outputs, c,
+                              m * c_stride + n, c_stride, count, min(ROWS, rows - m), k > 0,
+                              w, later, 0, asked, outputs, panel // line)  # fmt: skip
+                    asked = 0
 
     def never(
         a, a_start, a_stride, rows, w, start, depth,

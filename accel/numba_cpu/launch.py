@@ -25,7 +25,7 @@ SKINNY_ROWS = 16
 _CACHE = 2**18
 _MOST_ROWS = 512
 _MOST_OUTPUTS = 240
-_BACK_OUTPUTS = 256
+_BACK_OUTPUTS = 512
 _GRADIENT_OUTPUTS = 192
 _GRADIENT_PANELS = 2**16
 # Work of fewer multiplications is not worth waking a thread for.

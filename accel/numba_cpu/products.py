@@ -21,7 +21,7 @@ from .tiles import (
 )
 
 # Depth that goes through a tile at once: a panel of it stays in the second-level cache.
-DEPTH = 512
+DEPTH = 128
 
 _tile_1, _tile_2, _tile_3, _tile_4 = (make_outer_tile(min(v, VECTORS)) for v in (1, 2, 3, 4))
 tile_rows = _tile_4
