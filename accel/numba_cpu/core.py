@@ -20,7 +20,7 @@ from .launch import NO_IDS, Engine, Group, flat
 
 # A group has at least rows for so many numbers, and a share of all rows beyond its largest expert.
 # Larger ones would only cost memory, smaller ones calls.
-_LEAST_NUMBERS = 2**20
+_LEAST_NUMBERS = 2**18
 _SHARE = 16
 
 
