@@ -16,7 +16,7 @@ from npmoe._typing import HostArray
 
 # Row starts of one block, which has at most half as many rows.
 _PLACES = 2048
-# Scratch of every thread begins at a cache line of its own, and not at the same place of a page.
+# Numbers by which scratch is rounded up, so that that of every thread begins at a cache line.
 _LINE = 16
 
 
@@ -37,7 +37,6 @@ class Team:
     def _begin(self, num_threads: int) -> None:
         self.num_threads = num_threads
         self._lock = threading.Lock()
-        self._tickets = np.zeros(1, np.int64)
         self._places = np.zeros((num_threads, _PLACES), np.int64)
         self._scratch: dict[Any, HostArray] = {}
         self._jobs: list[SimpleQueue[Any]] = []
@@ -51,19 +50,20 @@ class Team:
         """
         with self._lock:
             scratch = self._scratch_of(np.dtype(dtype), room)
-            self._tickets[0] = 0
-            call = (self._tickets, scratch, self._places, args)
+            # Tickets and queue of this call's own: a wait that was interrupted leaves threads at
+            # work on the last call, and they must neither take nor give anything of this one.
+            tickets = np.zeros(1, np.int64)
+            call = (tickets, scratch, self._places, args)
             if small or self.num_threads == 1:
-                kernel(self._tickets, 0, scratch, self._places, *args)
+                kernel(tickets, 0, scratch, self._places, *args)
                 return
             self._start()
-            # A queue of this call's own: an interrupted wait leaves nothing for the next call.
             done: SimpleQueue[BaseException | None] = SimpleQueue()
             for jobs in self._jobs:
                 jobs.put((kernel, call, done))
             failed: BaseException | None = None
             try:
-                kernel(self._tickets, 0, scratch, self._places, *args)
+                kernel(tickets, 0, scratch, self._places, *args)
             finally:
                 for _ in self._jobs:
                     failed = done.get() or failed
