@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
 from npmoe import dispatch, routing
+from npmoe._cores import usable_cores
 from npmoe._typing import HostArray
 from npmoe.backends import ExpertGrads, ReferenceBackend
 from npmoe.config import DropPolicy, MoEConfig, SlotOrder
@@ -46,7 +46,7 @@ class NumbaBackend(ReferenceBackend):
 
     def __init__(self, num_threads: int | None = None, batch_invariant: bool = False) -> None:
         if num_threads is None:
-            num_threads = len(os.sched_getaffinity(0))
+            num_threads = usable_cores()
         if isinstance(num_threads, bool) or not 1 <= num_threads <= 256:
             raise RangeError(
                 f"get_backend: num_threads must be in 1..256, got {num_threads!r}. "

@@ -10,10 +10,10 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .compiling import inner, kernel, reassociated
+from .compiling import inner, kernel
 from .curves import activate_backward
 from .host import LINE_BYTES, ROWS
-from .products import copy_row, tile_columns, tile_rows
+from .products import copy_row, dot, tile_columns, tile_rows
 from .tiles import borrow, copy_panels, take_ticket
 
 # Depth of the weights that are copied side by side at once, for a whole range of outputs.
@@ -198,15 +198,7 @@ def project_back_and_activate(
                     grad_g[i] *= kept[i]
                     if gated:
                         grad_u[i] *= kept[i]
-            partial[n0 // step, row] = _dot(unweighted, here)
-
-
-@reassociated
-def _dot(a, b):
-    total = a.dtype.type(0.0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
+            partial[n0 // step, row] = dot(unweighted, here)
 
 
 @inner

@@ -10,7 +10,7 @@ from __future__ import annotations
 from numba import types
 from numba.extending import overload
 
-from .compiling import inner
+from .compiling import inner, reassociated
 from .host import DOT, LINE_BYTES, ROWS, VECTORS
 from .tiles import (
     make_dot_tile,
@@ -260,3 +260,12 @@ def spread_panel(
         begin = 0 if t >= whole_t else whole_n
         for n in range(begin, width):
             y[y_start + t * y_stride + n] = c[c_start + n * columns + t]
+
+
+@reassociated
+def dot(a, b):
+    """Return the inner product of two stretches."""
+    total = a.dtype.type(0.0)
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total

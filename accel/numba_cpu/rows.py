@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .compiling import kernel, reassociated
+from .compiling import kernel
 from .curves import activate, activate_backward
+from .products import dot
 from .tiles import borrow, take_ticket
 
 # Rows or tokens of one task.
@@ -126,16 +127,8 @@ def dot_rows(
         for r in range(begin, min(begin + STEP, out.size)):
             i = a_ids[r] if a_ids.size else r
             j = b_ids[r] if b_ids.size else r
-            value = _dot(a[i * width : (i + 1) * width], b[j * width : (j + 1) * width])
+            value = dot(a[i * width : (i + 1) * width], b[j * width : (j + 1) * width])
             out[r] = out[r] + value if add else value
-
-
-@reassociated
-def _dot(a, b):
-    total = a.dtype.type(0.0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
 
 
 @kernel

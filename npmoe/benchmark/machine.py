@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from npmoe._cores import usable_cores
 from npmoe._version import __version__
-from npmoe.benchmark.threads import usable_cores
 
 _PACKAGES = ("numpy", "numba", "ml_dtypes", "threadpoolctl", "torch", "transformers")
 

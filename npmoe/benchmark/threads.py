@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from npmoe._cores import usable_cores
 from npmoe.backends import Backend, get_backend
 from npmoe.errors import BackendUnavailableError, RangeError
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_threads(threads: int) -> int:

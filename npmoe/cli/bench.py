@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from npmoe import benchmark
+from npmoe._cores import usable_cores
 from npmoe._half import HALF_DTYPES, named_dtype
 from npmoe.backends import Backend, available_backends, get_backend
 from npmoe.benchmark.implementations import Peer
 from npmoe.benchmark.text import LEGEND
-from npmoe.benchmark.threads import backend_with_threads, check_threads, usable_cores
+from npmoe.benchmark.threads import backend_with_threads, check_threads
 from npmoe.cli._common import check_json, write_json
 from npmoe.errors import BackendUnavailableError, DataError, RangeError, UnsupportedError
 

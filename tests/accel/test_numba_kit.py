@@ -3,8 +3,13 @@
 # ruff: noqa: E402  # imports follow what they need
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from needs import need_numba
 
@@ -12,6 +17,7 @@ need_numba()
 
 import npmoe
 from npmoe.backends import FusedExperts
+from npmoe.routed_path import forward_experts
 from npmoe.testing import check_backend
 from npmoe.testing.conformance.case import WITH_HALVES
 
@@ -33,3 +39,41 @@ def test_the_kit_with_options(options: dict[str, Any]) -> None:
 
 def test_the_fused_pair_is_offered() -> None:
     assert isinstance(npmoe.get_backend("numba"), FusedExperts)
+
+
+def test_compiling_is_never_silent(tmp_path: Path) -> None:
+    """With nothing on disk the error stream names kernels; with everything there it is silent."""
+    code = (
+        "import numpy as np, npmoe\n"
+        "x = np.ones((2, 3), np.float32)\n"
+        "print(npmoe.get_backend('numba').linear(x, x).tolist())"
+    )
+    said = []
+    for _ in range(2):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+        )
+        assert done.stdout == "[[3.0, 3.0], [3.0, 3.0]]\n"
+        said.append(done.stderr)
+    assert "npmoe: compiling kernels, once on this machine: project\n" in said[0]
+    assert said[1] == ""
+
+
+@pytest.mark.parametrize("backend", ["numba", "numpy", "reference"])
+def test_without_save_no_pre_activation_is_kept(backend: str) -> None:
+    cfg = npmoe.MoEConfig(hidden_size=4, intermediate_size=8, num_experts=3, top_k=2)
+    params, x = npmoe.init_params(cfg), np.ones((5, 4), np.float32)
+    run = npmoe.get_backend(backend)
+    plan = run.plan_dispatch(np.tile(np.array([[0, 2]], np.int32), (5, 1)), num_experts=3)
+    weights = np.ones((5, 2), np.float32)
+    forward = forward_experts(run)
+    kept, gate_up = forward(x, params, plan, weights, cfg, save=True)
+    output, nothing = forward(x, params, plan, weights, cfg, save=False)
+    assert gate_up.shape == (10, 16)
+    assert nothing is None
+    assert output.tobytes() == kept.tobytes()
