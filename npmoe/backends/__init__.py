@@ -3,7 +3,12 @@
 from npmoe.backends.numpy_backend import NumpyBackend
 from npmoe.backends.protocol import Availability, Backend, ExpertGrads, FusedExperts
 from npmoe.backends.reference import ReferenceBackend
-from npmoe.backends.registry import available_backends, get_backend, use_backend
+from npmoe.backends.registry import (
+    available_backends,
+    get_backend,
+    get_emulated_backend,
+    use_backend,
+)
 
 __all__ = [
     "Availability",
@@ -14,5 +19,6 @@ __all__ = [
     "ReferenceBackend",
     "available_backends",
     "get_backend",
+    "get_emulated_backend",
     "use_backend",
 ]

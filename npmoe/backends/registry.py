@@ -21,6 +21,7 @@ _FIRST_PARTY = {
     "reference": "npmoe.backends.reference:ReferenceBackend",
     "numpy": "npmoe.backends.numpy_backend:NumpyBackend",
     "numba": "accel.numba_cpu:NumbaBackend",
+    "cupy": "accel.cupy_raw:CupyBackend",
     "loopback": "accel.loopback:LoopbackBackend",
 }
 
@@ -83,6 +84,44 @@ def get_backend(backend: str | Backend | None = None, **options: Any) -> Backend
     instance: Backend = cls(**options)
     if not options:
         _instances[backend] = instance
+    return instance
+
+
+def get_emulated_backend(name: str, **options: Any) -> Backend:
+    """Return a GPU backend whose compiled kernels are executed on the CPU, under all checkers.
+
+    Parameters
+    ----------
+    name : str
+        A backend with an ``emulated`` class of its own: "cupy".
+    **options
+        ``schedule``, and the backend's own keywords.
+
+    Returns
+    -------
+    Backend
+        A new instance; ``emulator`` holds its launches, findings and coverage.
+
+    Raises
+    ------
+    RangeError
+        For an unknown name, or a backend that runs on the CPU anyway.
+    BackendUnavailableError
+        Without NVRTC or a C++ compiler.
+    """
+    cls = _load(name)
+    if not hasattr(cls, "emulated"):
+        raise RangeError(
+            f"get_emulated_backend: name must be that of a GPU backend, got {name!r}. It runs "
+            "here as it is."
+        )
+    emulated = cls.emulated()
+    availability = emulated.availability()
+    if not availability.ok:
+        raise BackendUnavailableError(
+            f"get_emulated_backend: {name!r} cannot be emulated here: {availability.reason}"
+        )
+    instance: Backend = emulated(**options)
     return instance
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from npmoe.backends import get_emulated_backend
 from npmoe.cli._common import check_json, write_json
 from npmoe.errors import DataError, RangeError
 from npmoe.testing.conformance.case import WITH_HALVES
@@ -44,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", nargs="?", metavar="TARGET", help="what to check")
     parser.add_argument("--as", dest="kind", metavar="KIND", choices=[*KINDS, "backend"])
     parser.add_argument("--faults", action="store_true", help="run the kit on planted mistakes")
+    parser.add_argument(
+        "--emulate",
+        nargs="?",
+        const="in-order",
+        metavar="ORDER",
+        help="run a GPU backend's kernels on the CPU, thread by thread, under all checkers; "
+        "threads in-order, reversed, or at random with a seed (in-order)",
+    )
     parser.add_argument("--quick", action="store_true", help="a fifth of the cases")
     parser.add_argument(
         "--dtype",
@@ -78,11 +87,12 @@ def run(options: argparse.Namespace) -> int:
         raise RangeError("check: TARGET or --faults must be given, and not both.")
     kills: list[Kill] = []
     reports: list[Report] = []
+    emulation: dict[str, Any] = {}
     if options.faults:
         kills = _run_faults(options)
         ok = all(k.by_name for k in kills)
     else:
-        reports = [_check(options)]
+        reports = [_check(options, emulation)]
         ok = reports[0].passed
         print(reports[0])
         _write_cases(options.out, reports[0])
@@ -95,6 +105,7 @@ def run(options: argparse.Namespace) -> int:
                 {"name": k.fault.name, "kind": k.fault.kind, "killed_by": k.killed_by}
                 for k in kills
             ],
+            **emulation,
         },
     )
     if options.html is not None:
@@ -102,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _check(options: argparse.Namespace) -> Report:
+def _check(options: argparse.Namespace, emulation: dict[str, Any]) -> Report:
     target: str = options.target
     settings: dict[str, Any] = {
         "quick": options.quick,
@@ -112,8 +123,14 @@ def _check(options: argparse.Namespace) -> Report:
     }
     if options.kind == "backend" or (options.kind is None and ":" not in target):
         settings |= _settings("backend", options.set)
+        if options.emulate is not None:
+            return _check_emulated(target, options.emulate, settings, emulation)
         with _progress() as say:
             return check_function("backend")(target, progress=say, **settings)
+    if options.emulate is not None:
+        raise RangeError(
+            f"check: TARGET must be the name of a GPU backend with --emulate, got {target!r}."
+        )
     kind = options.kind or "unknown"
     try:
         function = load_target(target)
@@ -140,6 +157,27 @@ def _check(options: argparse.Namespace) -> Report:
             isolated.close()
     if isolated is None:
         report.notes.append(_NOT_COVERED)
+    return report
+
+
+def _check_emulated(
+    name: str, order: str, settings: dict[str, Any], emulation: dict[str, Any]
+) -> Report:
+    """Check a backend's kernels without their device, and tell what of them ran."""
+    schedule = int(order) if order.isdigit() else order
+    if schedule not in ("in-order", "reversed") and not isinstance(schedule, int):
+        raise RangeError(f"check: --emulate must be in-order, reversed or a seed, got {order!r}.")
+    backend: Any = get_emulated_backend(name, schedule=schedule)
+    with _progress() as say:
+        report = check_function("backend")(backend, progress=say, **settings)
+    emulation |= backend.emulator.summary()
+    covered = emulation["coverage"].values()
+    report.notes.append(
+        f"emulated, threads {order}: {sum(c['launches'] for c in covered)} launches of "
+        f"{len(covered)} compiled kernels, {len(emulation['findings'])} findings; least coverage "
+        f"of a kernel's PTX {min((c['fraction'] for c in covered), default=1.0):.0%}. Not shown "
+        "by this: the step from PTX to machine code, weak memory ordering, speed."
+    )
     return report
 
 

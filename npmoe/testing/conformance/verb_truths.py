@@ -115,6 +115,11 @@ def plan_of(backend: Any, cfg: MoEConfig, ids: Array, weights: Array | None = No
     return plan
 
 
+def kept_rows(plan: DispatchPlan, rows: Array) -> Array:
+    """Return the first R rows; a device backend may have more, which mean nothing."""
+    return rows[: plan.num_rows]
+
+
 def multilinear(run: Run) -> Callable[..., tuple[Expected, ...]]:
     """Bound sums of products: gamma_n of the same verb on absolute values.
 
@@ -164,6 +169,18 @@ def run_wgrad(b: Any, cfg: MoEConfig, x: Array, g: Array, into: Array, ids: Arra
     b.grouped_gemm_wgrad(x, g, plan, out=out)
     b.grouped_gemm_wgrad(x, g, plan, out=total, accumulate=True)
     return b.grouped_gemm_wgrad(x, g, plan), out, total
+
+
+def run_gather(b: Any, cfg: MoEConfig, x: Array, ids: Array) -> Arrays:
+    """Return the rows of a plan."""
+    plan = plan_of(b, cfg, ids)
+    return (kept_rows(plan, b.gather_rows(x, plan)),)
+
+
+def run_spread(b: Any, cfg: MoEConfig, values: Array, ids: Array) -> Arrays:
+    """Return what each row's expert has."""
+    plan = plan_of(b, cfg, ids)
+    return (kept_rows(plan, b.spread_experts(values, plan)),)
 
 
 def run_store(b: Any, _: MoEConfig, value: Array, into: Array) -> Arrays:
@@ -217,7 +234,8 @@ def draw_plan(d: Draw) -> tuple[MoEConfig, dict[str, HostArray]]:
 def run_dropout(b: Any, cfg: MoEConfig, ids: Array, like: Array) -> Arrays:
     """Return the dropout factors of a seeded generator."""
     plan = plan_of(b, cfg, ids)
-    return (b.draw_dropout(plan, cfg, np.random.default_rng(7), str(like.dtype)),)
+    factors = b.draw_dropout(plan, cfg, np.random.default_rng(7), str(like.dtype))
+    return (kept_rows(plan, factors),)
 
 
 def dropout_truth(

@@ -22,7 +22,9 @@ from npmoe.testing.conformance.verb_truths import (
     plan_truth,
     run_activation,
     run_dropout,
+    run_gather,
     run_plan,
+    run_spread,
     run_store,
     run_wgrad,
     soft_route_backward_balls,
@@ -127,7 +129,7 @@ VERBS: dict[str, Verb] = {
         identity_ids,
     ),
     "gather_rows": linear(
-        lambda b, cfg, x, ids: (b.gather_rows(x, plan_of(b, cfg, ids)),),
+        run_gather,
         lambda d: (d.config(), {"x": d.values(d.T, d.H), "topk_ids": d.ids()}),
     ),
     "combine_rows": linear(
@@ -165,7 +167,7 @@ VERBS: dict[str, Verb] = {
         lambda d: (d.config(), with_rows(d, d.H)),
     ),
     "spread_experts": linear(
-        lambda b, cfg, v, ids: (b.spread_experts(v, plan_of(b, cfg, ids)),),
+        run_spread,
         lambda d: (d.config(), {"values": d.values(d.E, d.H), "topk_ids": d.ids()}),
     ),
     "draw_dropout": Verb(

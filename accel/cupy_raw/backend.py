@@ -1,0 +1,51 @@
+"""The backend "cupy": CUDA C++ kernels on CuPy's arrays."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from accel.device.backend import DeviceBackend
+from accel.device.kernel import Device
+from accel.device.tilings import SIMT
+from npmoe.backends import Availability
+from npmoe.errors import RangeError
+
+from .cupy_device import CupyDevice, cupy_availability
+
+Precision = Literal["float32"]
+TILINGS = {"float32": SIMT}
+
+
+class CupyBackend(DeviceBackend):
+    """CUDA C++ kernels, compiled by NVRTC for the device that is there.
+
+    Parameters
+    ----------
+    precision : {"float32"}
+        What the rows and matrices of grouped products are rounded to before they are multiplied;
+        "float32" rounds nothing, of float64 neither. Sums are float32 (float64 of float64).
+    launcher : Device, optional
+        Where kernels run; default: CuPy's current device.
+    """
+
+    name: ClassVar[str] = "cupy"
+
+    def __init__(self, precision: Precision = "float32", launcher: Device | None = None) -> None:
+        if precision not in TILINGS:
+            raise RangeError(
+                f"get_backend: precision must be one of {', '.join(TILINGS)}, got {precision!r}."
+            )
+        self.precision = precision
+        super().__init__(CupyDevice() if launcher is None else launcher, TILINGS[precision])
+
+    @classmethod
+    def availability(cls) -> Availability:
+        """Say whether CuPy, a driver and a device are there."""
+        return cupy_availability()
+
+    @classmethod
+    def emulated(cls) -> type[CupyBackend]:
+        """Return the class that runs the same kernels from their PTX."""
+        from .emulated import EmulatedCupyBackend  # noqa: PLC0415  # which is one of these
+
+        return EmulatedCupyBackend

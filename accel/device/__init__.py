@@ -1,0 +1,1 @@
+"""Host code that GPU backends share, above one launcher interface."""
