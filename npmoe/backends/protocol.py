@@ -86,11 +86,15 @@ class Backend(Protocol):
         The verbs that it really overrides.
     host_arrays : bool
         Whether its arrays are NumPy's, as training needs.
+    operands : {"tf32", "bfloat16", "float16"} or None
+        What rows and matrices are rounded to where they enter a product of the experts; None:
+        nothing is. Sums are never rounded so.
     """
 
     name: ClassVar[str]
     accelerates: ClassVar[frozenset[str]]
     host_arrays: ClassVar[bool]
+    operands: str | None
 
     @classmethod
     def availability(cls) -> Availability:

@@ -23,6 +23,7 @@ class ReferenceBackend:
     name: ClassVar[str] = "reference"
     accelerates: ClassVar[frozenset[str]] = frozenset()
     host_arrays: ClassVar[bool] = True
+    operands: str | None = None
 
     @classmethod
     def availability(cls) -> Availability:

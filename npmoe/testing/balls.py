@@ -27,6 +27,12 @@ from npmoe.testing.bounds import unit_roundoff
 
 # NumPy's vectorised exp and tanh may err by 4 ulp, that is 8 u; a chain of them and a few more.
 ELEMENTARY = 16.0
+# What operands of tensor cores may be rounded to: unit roundoff, and the error of one underflow.
+OPERANDS = {
+    "tf32": (2.0**-11, 2.0**-126),
+    "bfloat16": (2.0**-8, 2.0**-126),
+    "float16": (2.0**-11, 2.0**-24),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,11 @@ class Model:
         """Return the model of programs in `dtype`, of the middle and of a float64 reference."""
         wide = unit_roundoff(np.float64)
         return cls(unit_roundoff(dtype) + 3.0 * wide, 4.0 * float(np.finfo(dtype).tiny))
+
+    @classmethod
+    def of_operands(cls, name: str) -> Model:
+        """Return the rounding of a product's operands: one of OPERANDS."""
+        return cls(*OPERANDS[name])
 
     def gamma(self, n: int) -> float:
         """Return gamma_n for this u; infinite where it says nothing."""

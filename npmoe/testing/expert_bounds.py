@@ -36,6 +36,7 @@ def expert_balls(
     cfg: MoEConfig,
     dropout: HostArray | None,
     num_sums: int,
+    operands: str | None = None,
 ) -> ExpertBalls:
     """Run expert owners[r] on x[r] with weights[r], forward and backward.
 
@@ -50,6 +51,8 @@ def expert_balls(
         What stays.
     num_sums : int
         How many more terms may be summed in one go with those of grad_inputs.
+    operands : {"tf32", "bfloat16", "float16"}, optional
+        What rows and matrices may be rounded to, once, where they enter a product.
 
     Notes
     -----
@@ -66,6 +69,10 @@ def expert_balls(
     grad_b1, grad_b2 = np.zeros(w1.shape[:2]), np.zeros(w2.shape[:2])
     call = cfg.activation_call()
     keep = None
+
+    def entering_product(ball: Ball) -> Ball:
+        return ball if operands is None else ball.cast(Model.of_operands(operands))
+
     if dropout is not None:
         keep = Ball.drawn(np.where(dropout, 1.0 / (1.0 - cfg.expert_dropout), 0.0), model)
     for e in np.unique(owners):
@@ -76,28 +83,31 @@ def expert_balls(
             _put(grad_inputs, r, weight * g)
             _put(grad_weights, r, _dot(x[r], g))
             continue
-        entering = weight * x[r] if on_input else x[r]
-        z = entering.matmul(Ball.exact(w1[e], model).T, H + 2)  # (n, 2I)
+        w1_e = entering_product(Ball.exact(w1[e], model))
+        w2_e = entering_product(Ball.exact(w2[e], model))
+        entering = entering_product(weight * x[r] if on_input else x[r])
+        z = entering.matmul(w1_e.T, H + 2)  # (n, 2I)
         if params.gate_up_bias is not None:
             z = z + Ball.exact(params.gate_up_bias[e], model)
         act = activation(z, *call)  # (n, I)
         # All roundings on the way of each term, so that <g, W2 a> and <W2^T g, a> are both held.
-        grad_act = g.matmul(Ball.exact(w2[e], model), H + I + 2)
+        grad_act = entering_product(g).matmul(w2_e, H + I + 2)
         weighted = g if on_input else weight * g
         grad_pre = grad_act if on_input else weight * grad_act
         if keep is not None:
             act, grad_pre = act * keep[r], grad_pre * keep[r]
-        out = act.matmul(Ball.exact(w2[e], model).T, I + 2)  # (n, H)
+        act = entering_product(act)
+        out = act.matmul(w2_e.T, I + 2)  # (n, H)
         grad_w = _dot(grad_act, act)
         if params.down_bias is not None:
             bias = Ball.exact(params.down_bias[e], model)
             out, grad_w = out + bias, grad_w + (g * bias).sum(axis=1)
-        grad_w2[e] = weighted.T.matmul(act, len(r) + 2).rad
+        grad_w2[e] = entering_product(weighted).T.matmul(act, len(r) + 2).rad
         grad_b2[e] = weighted.sum(axis=0).rad
-        grad_z = activation_backward(grad_pre, z, *call)
+        grad_z = entering_product(activation_backward(grad_pre, z, *call))
         grad_w1[e] = grad_z.T.matmul(entering, len(r) + 2).rad
         grad_b1[e] = grad_z.sum(axis=0).rad
-        grad_entering = grad_z.matmul(Ball.exact(w1[e], model), w1.shape[1] + num_sums + 2)
+        grad_entering = grad_z.matmul(w1_e, w1.shape[1] + num_sums + 2)
         _put(rows, r, out if on_input else weight * out)
         _put(grad_inputs, r, weight * grad_entering if on_input else grad_entering)
         _put(grad_weights, r, _dot(grad_entering, x[r]) if on_input else grad_w)

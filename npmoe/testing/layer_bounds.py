@@ -59,6 +59,7 @@ def layer_bounds(
     forward: NaiveForward,
     draws: Draws = NO_DRAWS,
     dtype: npt.DTypeLike | None = None,
+    operands: str | None = None,
 ) -> LayerBounds:
     """Bound the difference between a layer that computes in `dtype` and `npmoe.naive`.
 
@@ -72,6 +73,8 @@ def layer_bounds(
         What `forward` drew.
     dtype : dtype, optional
         In which the layer computes; the problem's own if omitted.
+    operands : {"tf32", "bfloat16", "float16"}, optional
+        What may be rounded where it enters a product of the routed experts: on tensor cores.
 
     Returns
     -------
@@ -89,7 +92,7 @@ def layer_bounds(
     if problem.cfg.shared_intermediate_size:
         shared = shared_balls(x, inner, problem.params, problem.cfg)
     path = _soft if problem.cfg.routing == "soft" else _routed
-    return path(problem, forward, draws, x, grad, inner, shared)
+    return path(problem, forward, draws, x, grad, inner, shared, operands)
 
 
 def _routed(
@@ -100,6 +103,7 @@ def _routed(
     grad: Ball,
     inner: Ball,
     shared: SharedBalls | None,
+    operands: str | None,
 ) -> LayerBounds:
     cfg, model = problem.cfg, x.model
     router = router_balls(problem, forward, draws, model)
@@ -117,6 +121,7 @@ def _routed(
         None if draws.dropout is None else draws.dropout[t, k],
         # Each of its terms may be followed by those of the router's path.
         num_sums=cfg.router_size,
+        operands=operands,
     )
     grad_weights = _spread(experts.grad_weights, (t, k), forward.kept.shape)
     grad_router_x, grad_router, grad_bias = router_backward(
@@ -152,6 +157,7 @@ def _soft(
     grad: Ball,
     inner: Ball,
     shared: SharedBalls | None,
+    operands: str | None,
 ) -> LayerBounds:
     cfg, model = problem.cfg, x.model
     soft = soft_balls(problem, x)
@@ -168,6 +174,7 @@ def _soft(
         cfg,
         None if dropout is None else dropout.reshape(-1, cfg.intermediate_size),
         num_sums=0,
+        operands=operands,
     )
     grad_router_x, grad_phi, grad_scale = soft_backward(
         problem, soft, x, experts.rows, inner, experts.grad_inputs

@@ -45,6 +45,7 @@ from npmoe.testing.conformance.case import (
 )
 from npmoe.testing.conformance.common import Cases, hygiene_checks, judge_values
 from npmoe.testing.conformance.half_cases import exact_reads, long_sums, selections
+from npmoe.testing.conformance.operand_cases import OPERANDS_NOTE, operand_checks
 from npmoe.testing.conformance.recipes import (
     GRADS,
     exact_recipes,
@@ -177,6 +178,7 @@ def _empty_cases(rng: np.random.Generator, effort: Effort) -> Iterator[Case]:
             seed=int(rng.integers(2**31)),
             dtype=effort.dtype,
             expert_dtype=effort.half,
+            operands=effort.operands,
             values="integer",
             replay=replay,
         )
@@ -265,8 +267,11 @@ def _one_case(verb: str) -> Cases:
 
 
 @functools.cache
-def backend_kind(*, fused: bool) -> Kind:
-    """Return the kind of ``check_backend``; `fused` says whether the expert core is one call."""
+def backend_kind(*, fused: bool, operands: str | None = None) -> Kind:
+    """Return the kind of ``check_backend``.
+
+    `fused` says whether the expert core is one call, `operands` what its products round to.
+    """
     values = judge_values(expected_backend)
 
     def check(name: str, about: str, cases: Cases) -> Check:
@@ -352,11 +357,14 @@ def backend_kind(*, fused: bool) -> Kind:
             ),
         ]
     halves = [replace(c, dtypes=WITH_HALVES) if c.name in _MEETS_WEIGHTS else c for c in checks]
+    halves += _half_checks(fused)
+    if operands is not None:
+        halves = operand_checks(halves, operands, expected_backend)
     return Kind(
         name="backend",
         signature="npmoe.backends.Backend: a name, class or instance",
         expected=expected_backend,
-        checks=(*halves, *_half_checks(fused)),
+        checks=tuple(halves),
         reductions=reduce_backend,
     )
 
@@ -386,6 +394,8 @@ def check_backend(backend: Any, **settings: Unpack[Settings]) -> Report:
     # What a reproducer can call.
     again = ", ".join(map(repr, target))
     settings["name"] = f"npmoe.testing.conformance.backend_probe:probe({again})"
-    kind = backend_kind(fused=is_fused(instance))
+    kind = backend_kind(fused=is_fused(instance), operands=instance.operands)
     report = run_checks(kind, BackendProbe(instance), **settings)
+    if instance.operands is not None:
+        report.notes.append(OPERANDS_NOTE.format(instance.operands))
     return replace(report, target=shown or ":".join(target))

@@ -65,13 +65,15 @@ class Expected:
 class Effort:
     """How much to try: cases per check, the largest size, and the dtype of floats.
 
-    `half` is the dtype of expert weights where that is another one.
+    `half` is the dtype of expert weights where that is another one, `operands` what may be
+    rounded where it enters a product of the experts.
     """
 
     cases: int
     quick: bool
     dtype: str
     half: str | None = None
+    operands: str | None = None
 
 
 # Calls the subject: case -> outputs as NumPy arrays. Raises Finding for what is wrong with them.

@@ -51,7 +51,7 @@ def plain_problem(
     )
 
 
-def layer_truth(problem: MoEProblem) -> LayerTruth:
+def layer_truth(problem: MoEProblem, operands: str | None = None) -> LayerTruth:
     """Run the definition forward and backward, and the bounds."""
     call: dict[str, Any] = {
         "token_mask": problem.token_mask,
@@ -75,7 +75,7 @@ def layer_truth(problem: MoEProblem) -> LayerTruth:
         grad_router_logits=problem.grad_router_logits,
         **call,
     )
-    bounds = layer_bounds(problem, forward, draws)
+    bounds = layer_bounds(problem, forward, draws, operands=operands)
     return LayerTruth(forward=forward, grads=grads, bounds=bounds, draws=draws)
 
 

@@ -33,13 +33,14 @@ def make_recipe(cfg: MoEConfig, **keywords: Any) -> str:
 def problem_of(recipe: str) -> MoEProblem:
     """Return the problem of a recipe."""
     keywords = json.loads(recipe)
+    keywords.pop("operands", None)  # the bounds'
     return make_problem(MoEConfig.from_dict(keywords.pop("cfg")), **keywords)
 
 
 @functools.lru_cache(maxsize=64)
 def truth_of(recipe: str) -> LayerTruth:
     """Return what the definition makes of a recipe."""
-    return layer_truth(problem_of(recipe))
+    return layer_truth(problem_of(recipe), json.loads(recipe).get("operands"))
 
 
 def is_usable(recipe: str) -> bool:
@@ -87,7 +88,7 @@ def layer_recipes(rng: np.random.Generator, effort: Effort, **fixed: Any) -> Ite
                     "auxiliary": bool(rng.random() < 0.5),
                     "generator": needs_generator(cfg) or bool(rng.random() < 0.5),
                 }
-                | half_keywords(effort, i)
+                | effort_keywords(effort, i)
                 | fixed,
             )
             if is_usable(recipe):
@@ -95,8 +96,13 @@ def layer_recipes(rng: np.random.Generator, effort: Effort, **fixed: Any) -> Ite
                 break
 
 
-def half_keywords(effort: Effort, index: int) -> dict[str, Any]:
-    """Return the keywords of expert weights in half precision, tiny and large ones in turn."""
+def effort_keywords(effort: Effort, index: int = 0) -> dict[str, Any]:
+    """Return the keywords of rounded operands, and of expert weights in half precision.
+
+    The latter are tiny and large in turn, but where what they meet is rounded, too.
+    """
+    if effort.operands is not None:
+        return {"operands": effort.operands, "expert_dtype": effort.half}
     if effort.half is None:
         return {}
     # gate_up_proj has the reciprocal size of hidden_states.
