@@ -6,14 +6,14 @@ from typing import ClassVar, Literal
 
 from accel.device.backend import DeviceBackend
 from accel.device.kernel import Device
-from accel.device.tilings import SIMT
+from accel.device.tilings import SIMT, tensor_cores
 from npmoe.backends import Availability
 from npmoe.errors import RangeError
 
 from .cupy_device import CupyDevice, cupy_availability
 
-Precision = Literal["float32"]
-TILINGS = {"float32": SIMT}
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+TILINGS = {"float32": SIMT} | {name: tensor_cores(name) for name in ("tf32", "bfloat16", "float16")}
 
 
 class CupyBackend(DeviceBackend):
@@ -21,9 +21,11 @@ class CupyBackend(DeviceBackend):
 
     Parameters
     ----------
-    precision : {"float32"}
-        What the rows and matrices of grouped products are rounded to before they are multiplied;
-        "float32" rounds nothing, of float64 neither. Sums are float32 (float64 of float64).
+    precision : {"float32", "tf32", "bfloat16", "float16"}
+        What rows and matrices are rounded to where they enter a product of the experts. "float32"
+        rounds nothing and uses ordinary cores; the others use tensor cores. Sums are float32, and
+        activations, outputs and gradients are stored as float32 whatever this is. float64 is
+        never rounded.
     launcher : Device, optional
         Where kernels run; default: CuPy's current device.
     """

@@ -105,6 +105,10 @@ class CupyDevice:
         """Say whether a kernel may write to x as it lies in memory."""
         return bool(x.flags.c_contiguous)
 
+    def is_aligned(self, x: Array, step: int) -> bool:
+        """Say whether x begins at a multiple of so many bytes."""
+        return int(x.data.ptr) % step == 0
+
     def launch(
         self,
         kernel: Kernel,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from accel.device.code_cache import keep_code
 from accel.device.kernel import Kernel
 from accel.device.source import compiler_options, read_source
 from npmoe.errors import BackendUnavailableError, NpmoeError
-from npmoe.testing.ptx import cache_folder
 
 
 class KernelCompileError(NpmoeError):
@@ -65,13 +62,10 @@ def compile_kernel(kernel: Kernel, arch: str = "sm_80", target: str = "ptx") -> 
     nvrtc, version = _bindings()
     source = read_source(kernel.file)
     options = [f"-arch={arch}", "-lineinfo", *compiler_options(kernel)]
-    key = "\0".join([source, *options, target, version])
-    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.{target}"
-    if path.exists():
-        return path.read_bytes()
-    code = _compile(nvrtc, kernel, source, options, target)
-    _store(path, code)
-    return code
+    return keep_code(
+        [source, *options, version], target,
+        lambda: _compile(nvrtc, kernel, source, options, target),
+    )  # fmt: skip
 
 
 def _compile(nvrtc: Any, kernel: Kernel, source: str, options: list[str], target: str) -> bytes:
@@ -99,14 +93,6 @@ def _compile(nvrtc: Any, kernel: Kernel, source: str, options: list[str], target
     code = read("PTX" if target == "ptx" else "CUBIN", program)
     call("nvrtcDestroyProgram", program)
     return code.rstrip(b"\0") if target == "ptx" else code
-
-
-def _store(path: Path, code: bytes) -> None:
-    """Write a file that other processes may be looking for at the same moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(code)
-    Path(file.name).replace(path)
 
 
 def emulated_ptx(kernel: Kernel) -> tuple[str, str]:

@@ -49,7 +49,7 @@ class DeviceBackend(ReferenceBackend):
     )  # fmt: skip
 
     def __init__(self, device: Device, tiling: Tiling = SIMT) -> None:
-        self.device, self.tiling = device, tiling
+        self.device, self.tiling, self.operands = device, tiling, tiling.operand
         self._noted = device.zeros(2, np.int32)
 
     def asarray(self, x: Any) -> Array:

@@ -25,8 +25,9 @@ class EmulatedDevice:
     ----------
     compile_kernel : callable
         ``compile_kernel(kernel) -> (ptx, entry)``.
-    spell_array : callable, optional
-        What a compiler passes for one array, as a list of arguments; default: a pointer.
+    spell : callable, optional
+        ``spell(kernel, args) -> words``: what a compiler passes for NumPy arrays (with their
+        promises), None and scalars; default: each as it is, an array as a pointer.
     schedule : "in-order", "reversed" or int
         The order of blocks and threads; a number seeds a random one.
 
@@ -44,10 +45,10 @@ class EmulatedDevice:
     def __init__(
         self,
         compile_kernel: Callable[[Kernel], tuple[str, str]],
-        spell_array: Callable[[Any], list[Any]] = lambda array: [array],
+        spell: Callable[[Kernel, list[Any]], list[Any]] = lambda _, args: args,
         schedule: str | int = "in-order",
     ) -> None:
-        self._compile, self._spell, self.schedule = compile_kernel, spell_array, schedule
+        self._compile, self._spell, self.schedule = compile_kernel, spell, schedule
         self._modules: dict[Kernel, tuple[ptx.CompiledModule, str]] = {}
         self.coverage: dict[Kernel, ptx.Coverage] = {}
         self.launches: Counter[Kernel] = Counter()
@@ -89,6 +90,11 @@ class EmulatedDevice:
         """Say whether a kernel may write to x as it lies in memory."""
         return bool(x._host.flags.c_contiguous and x._host.flags.aligned)
 
+    def is_aligned(self, x: LoopbackArray, step: int) -> bool:
+        """Return True: the checker gives every array an allocation of its own."""
+        del x, step
+        return True
+
     def launch(
         self,
         kernel: Kernel,
@@ -102,7 +108,7 @@ class EmulatedDevice:
             text, entry = self._compile(kernel)
             self._modules[kernel] = ptx.load(text), entry  # all entries at once: one translation
         module, entry = self._modules[kernel]
-        words = [word for arg in args for word in self._spell_argument(arg)]
+        words = self._spell(kernel, [_with_promise(arg) for arg in args])
         try:
             result = module.launch(
                 entry, grid, threads, words, shared_mem=shared_mem, schedule=self.schedule
@@ -113,16 +119,6 @@ class EmulatedDevice:
         self.launches[kernel] += 1
         before = self.coverage.get(kernel)
         self.coverage[kernel] = result.coverage if before is None else before + result.coverage
-
-    def _spell_argument(self, arg: Any) -> list[Any]:
-        """Return an argument as the checker takes it, with its promise."""
-        if isinstance(arg, Out):
-            return self._spell(ptx.Uninitialized(arg.array._host))
-        if isinstance(arg, InOut):
-            return self._spell(arg.array._host)
-        if isinstance(arg, LoopbackArray):
-            return self._spell(ptx.ReadOnly(arg._host))
-        return [arg]
 
     def summary(self) -> dict[str, Any]:
         """Return findings and coverage as plain JSON values, for `npmoe check --emulate`."""
@@ -136,3 +132,12 @@ class EmulatedDevice:
         }
         found = [{"kernel": str(k), "kind": f.kind, "message": str(f)} for k, f in self.findings]
         return {"schedule": str(self.schedule), "findings": found, "coverage": covered}
+
+
+def _with_promise(arg: Any) -> Any:
+    """Return an argument as the checker takes it: what the kernel may do with each array."""
+    if isinstance(arg, Out):
+        return ptx.Uninitialized(arg.array._host)
+    if isinstance(arg, InOut):
+        return arg.array._host
+    return ptx.ReadOnly(arg._host) if isinstance(arg, LoopbackArray) else arg

@@ -71,6 +71,9 @@ class Device(Protocol):
     def is_contiguous(self, x: Array) -> bool:
         """Say whether a kernel may write to x as it lies in memory."""
 
+    def is_aligned(self, x: Array, step: int) -> bool:
+        """Say whether x begins at a multiple of so many bytes."""
+
     def launch(
         self,
         kernel: Kernel,

@@ -8,7 +8,8 @@ import numpy as np
 
 from npmoe._typing import Array
 from npmoe.dispatch import DispatchPlan
-from npmoe.errors import PlanError, UnsupportedError
+from npmoe.errors import DTypeError, PlanError, UnsupportedError
+from npmoe.plans.blocks import BlockPlan, InvalidRoutes, check_dialect, check_rows, rows_allocated
 
 from .kernel import Device, InOut, Kernel, Out
 
@@ -127,3 +128,56 @@ def view_blocks(
              Out(expert_ids)],
         )  # fmt: skip
     return Blocks(sorted_ids, expert_ids, total, block_size, most)
+
+
+def moe_align_block_size(
+    device: Device,
+    topk_ids: Array,
+    block_size: int,
+    num_experts: int,
+    expert_map: Array | None = None,
+    invalid: InvalidRoutes = "keep",
+) -> BlockPlan:
+    """Sort routes by expert on the device, and pad every expert to whole blocks.
+
+    Parameters
+    ----------
+    device : Device
+    topk_ids : (T, K) int32 array of the device
+    block_size, num_experts : int
+    expert_map : (E,) int32 array of the device, optional
+    invalid : {"keep", "drop"}
+        All as in `npmoe.plans.blocks.align_block_size`, dialect "vllm".
+
+    Returns
+    -------
+    BlockPlan
+        New arrays of the device, as long as there.
+
+    Raises
+    ------
+    DTypeError
+        If ids or map are not int32.
+    RangeError, PlanError, UnsupportedError
+        For options that contradict each other, and sizes that the kernels do not take.
+
+    References
+    ----------
+    vLLM, ``moe_align_block_size``.
+    """
+    function = "moe_align_block_size"
+    for name, x in (("topk_ids", topk_ids), ("expert_map", expert_map)):
+        if x is not None and x.dtype != _I:
+            raise DTypeError(
+                f"{function}: {name} must have dtype int32, got {x.dtype}. Convert it with astype."
+            )
+    check_dialect(function, "vllm", invalid, has_map=expert_map is not None)
+    entries = rows_allocated(topk_ids.size, num_experts, block_size, "vllm")
+    check_rows(function, entries)
+    local_ids = None if expert_map is None else device.contiguous(expert_map)
+    plan = count_plan(
+        device, topk_ids, num_ids=num_experts, num_experts=num_experts, num_legal=num_experts,
+        illegal=device.zeros(1, _I), expert_map=local_ids if invalid == "drop" else None,
+    )  # fmt: skip
+    labels = local_ids if invalid == "keep" else None
+    return BlockPlan(*view_blocks(device, plan, block_size, entries=entries, labels=labels)[:3])

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from accel.curve import Curve
+from npmoe._half import named_dtype
 from npmoe._typing import Array
 from npmoe.dispatch import DispatchPlan
 
 from .kernel import Device, InOut, Kernel, Out
 from .plans import Blocks, view_blocks
-from .tilings import Tiling, element_name, real_name
+from .tilings import SIMT, Tiling, element_name, real_name
 
 STORE, ROUTED, ACTIVATE, ACTIVATE_BACKWARD = range(4)
 NO_GATHER, GATHER_X, GATHER_GRAD = range(3)
@@ -33,20 +34,22 @@ class Products:
     @classmethod
     def of(cls, device: Device, tiling: Tiling, plan: DispatchPlan, dtype: Any) -> Products:
         """Return those of a plan, with the block size for its load."""
+        if np.dtype(dtype) == np.float64:
+            tiling = SIMT  # nothing is rounded to less than a half of what it is
         size = tiling.block_size(plan.num_tokens * plan.top_k, plan.num_experts)
         return cls(device, tiling, plan, view_blocks(device, plan, size), np.dtype(dtype))
 
     def operand(self, x: Array) -> Array:
         """Return an array as the products multiply it."""
         x = self.device.contiguous(x)
-        if self.tiling.operand is None or np.dtype(self.tiling.operand) == x.dtype:
-            return x
-        return cast(self.device, x, self.tiling.operand)
+        stored = self.tiling.stored
+        return x if stored is None or stored == x.dtype.name else cast(self.device, x, stored)
 
     @property
     def operand_dtype(self) -> Any:
         """Element type of rows that a product writes for another product."""
-        return self.dtype if self.tiling.operand is None else np.dtype(self.tiling.operand)
+        stored = self.tiling.stored
+        return self.dtype if stored is None else named_dtype("cupy", stored, "cuda13")
 
     def column_tiles(self, columns: int) -> int:
         """Return the tiles of so many columns."""
@@ -86,7 +89,7 @@ class Products:
                 "EPILOGUE": epilogue, "GATED": int(gated), "GATHER": int(gather),
                 "TRANSPOSED": int(transposed), "BLOCK_M": self.blocks.block_size,
             }),
-            (self.blocks.most, tiles), self.tiling.threads,
+            (self.blocks.most, tiles), self.tiling.threads(self.blocks.block_size),
             [x, weight, *self.blocks[:3], self.device.contiguous(self.plan.row_ids),
              _I(self.plan.num_tokens * self.plan.top_k), _I(self.plan.top_k), _I(width), _I(depth),
              bias, topk_weights, y if epilogue == ACTIVATE_BACKWARD else _out(y),
@@ -105,7 +108,7 @@ class Products:
             return
         self.device.launch(
             self._kernel(self.tiling.wgrad, "grouped_wgrad", x, grad_y, {"GATHER": gather}),
-            (-(-N // columns), -(-M // rows), E), self.tiling.threads,
+            (-(-N // columns), -(-M // rows), E), self.tiling.wgrad_threads,
             [grad_y, x, self.device.contiguous(self.plan.pair_ids),
              self.device.contiguous(self.plan.expert_offsets), _I(self.plan.top_k), _I(M), _I(N),
              InOut(out) if accumulate else Out(out), _I(accumulate)],
@@ -116,10 +119,15 @@ class Products:
         self, file: str, entry: str, x: Array, weight: Array, options: dict[str, str | int]
     ) -> Kernel:
         types: dict[str, str | int] = {"REAL": real_name(self.dtype)}
-        if self.tiling.operand is not None:
-            types["OPERAND"] = element_name(self.tiling.operand)
-            lengths = [a.shape[-1] * a.dtype.itemsize for a in (x, weight)]
-            types["ALIGNED"] = int(self.tiling.is_aligned(*lengths))
+        if self.tiling.stored is not None:
+            types["OPERAND"] = element_name(x.dtype)
+            step = self.tiling.alignment
+            types["ALIGNED"] = int(
+                all(
+                    a.shape[-1] * a.dtype.itemsize % step == 0 and self.device.is_aligned(a, step)
+                    for a in (x, weight)
+                )
+            )
         elif entry == "grouped_gemm":
             types["WEIGHT"] = element_name(weight.dtype)
         return Kernel(file, entry, (*types.items(), *options.items()))
@@ -131,12 +139,12 @@ def _out(array: Array | None) -> Out | None:
 
 def cast(device: Device, x: Array, dtype: Any) -> Array:
     """Return a copy of x, rounded to half precision."""
-    y = device.empty(x.shape, dtype)
+    y = device.empty(x.shape, named_dtype("cupy", str(dtype), "cuda13"))
     if x.size:
         options = (
             ("REAL", real_name("float64" if x.dtype == np.float64 else "float32")),
             ("WEIGHT", element_name(x.dtype)),
-            ("CAST_TO", element_name(dtype)),
+            ("CAST_TO", element_name(y.dtype)),
         )
         grid = (-(-x.size // 256),)
         device.launch(Kernel("rows", "cast", options), grid, 256, [x, np.int64(x.size), Out(y)])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
     """One implementation of `grouped_gemm` and `grouped_wgrad`.
 
@@ -17,19 +17,19 @@ class Tiling:
     ----------
     grouped, wgrad : str
         Files of the two kernels.
-    operand : str or None
+    operand : {"tf32", "bfloat16", "float16"} or None
         What rows and matrices are rounded to before they are multiplied; None: nothing is rounded.
     block_sizes : tuple of int
         Rows of a tile that exist, ascending.
     tile_n : int
         Columns of a tile.
-    threads : int
     wgrad_tile : (int, int)
         Rows and columns of a tile of a weight gradient.
-    options : callable
-        ``options(block_size, aligned)``: what else the kernels are compiled with.
-    shared_mem, wgrad_shared_mem : callable
-        Bytes of dynamic shared memory, of a block size and of nothing.
+    threads, shared_mem : callable
+        Threads, and bytes of dynamic shared memory, for a block size.
+    wgrad_threads, wgrad_shared_mem : int
+    alignment : int
+        Bytes at whose multiples rows must begin for the variant ALIGNED; 0: there is one for all.
     """
 
     grouped: str
@@ -37,11 +37,17 @@ class Tiling:
     operand: str | None
     block_sizes: tuple[int, ...]
     tile_n: int
-    threads: int
     wgrad_tile: tuple[int, int]
+    threads: Callable[[int], int]
     shared_mem: Callable[[int], int]
+    wgrad_threads: int
     wgrad_shared_mem: int
-    alignment: int  # bytes; 0: there is one variant for all
+    alignment: int
+
+    @property
+    def stored(self) -> str | None:
+        """Dtype of operands in memory: tf32 is float32 until it is multiplied."""
+        return "float32" if self.operand == "tf32" else self.operand
 
     def block_size(self, num_routes: int, num_experts: int) -> int:
         """Return the rows of a tile: the smallest that hold twice an expert's mean, if any do.
@@ -55,10 +61,6 @@ class Tiling:
                 return size
         return self.block_sizes[-1]
 
-    def is_aligned(self, *lengths: int) -> bool:
-        """Say whether rows of these lengths, in bytes, begin at multiples of the alignment."""
-        return self.alignment > 0 and all(n % self.alignment == 0 for n in lengths)
-
 
 SIMT = Tiling(
     grouped="grouped_simt",
@@ -66,12 +68,30 @@ SIMT = Tiling(
     operand=None,
     block_sizes=(16, 64),
     tile_n=64,
-    threads=256,
     wgrad_tile=(64, 64),
+    threads=lambda _: 256,
     shared_mem=lambda _: 0,
+    wgrad_threads=256,
     wgrad_shared_mem=0,
     alignment=0,
 )
+
+
+def tensor_cores(operand: str) -> Tiling:
+    """Return the products on tensor cores; sizes are those of `grouped_mma.cu`, `wgrad_mma.cu`."""
+    return Tiling(
+        grouped="grouped_mma",
+        wgrad="wgrad_mma",
+        operand=operand,
+        block_sizes=(16, 64, 128),
+        tile_n=128,
+        wgrad_tile=(128, 128),
+        threads=lambda block_size: max(64, 2 * block_size),
+        shared_mem=lambda block_size: max(256 * (block_size + 128), 544 * block_size),
+        wgrad_threads=256,
+        wgrad_shared_mem=69632,
+        alignment=16,
+    )
 
 
 def real_name(dtype: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -85,6 +86,11 @@ def get_backend(backend: str | Backend | None = None, **options: Any) -> Backend
     if not options:
         _instances[backend] = instance
     return instance
+
+
+def backend_options(name: str) -> tuple[str, ...]:
+    """Return the keywords of a backend's constructor."""
+    return tuple(inspect.signature(_load(name)).parameters)
 
 
 def get_emulated_backend(name: str, **options: Any) -> Backend:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from npmoe.backends import get_emulated_backend
+from npmoe.backends import get_backend, get_emulated_backend
+from npmoe.backends.registry import backend_options
 from npmoe.cli._common import check_json, write_json
 from npmoe.errors import DataError, RangeError
 from npmoe.testing.conformance.case import WITH_HALVES
@@ -52,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORDER",
         help="run a GPU backend's kernels on the CPU, thread by thread, under all checkers; "
         "threads in-order, reversed, or at random with a seed (in-order)",
+    )
+    parser.add_argument(
+        "--precision",
+        metavar="NAME",
+        help="of a GPU backend's products: float32, tf32, bfloat16 or float16 (its default)",
     )
     parser.add_argument("--quick", action="store_true", help="a fifth of the cases")
     parser.add_argument(
@@ -123,14 +129,20 @@ def _check(options: argparse.Namespace, emulation: dict[str, Any]) -> Report:
     }
     if options.kind == "backend" or (options.kind is None and ":" not in target):
         settings |= _settings("backend", options.set)
+        chosen: dict[str, Any] = {}
+        if options.precision is not None:
+            _require_option(target, "precision")
+            chosen["precision"] = options.precision
         if options.emulate is not None:
-            return _check_emulated(target, options.emulate, settings, emulation)
+            return _check_emulated(target, options.emulate, chosen, settings, emulation)
+        backend = get_backend(target, **chosen) if chosen else target
         with _progress() as say:
-            return check_function("backend")(target, progress=say, **settings)
-    if options.emulate is not None:
-        raise RangeError(
-            f"check: TARGET must be the name of a GPU backend with --emulate, got {target!r}."
-        )
+            return check_function("backend")(backend, progress=say, **settings)
+    for option in ("emulate", "precision"):
+        if getattr(options, option) is not None:
+            raise RangeError(
+                f"check: TARGET must be the name of a GPU backend with --{option}, got {target!r}."
+            )
     kind = options.kind or "unknown"
     try:
         function = load_target(target)
@@ -160,14 +172,27 @@ def _check(options: argparse.Namespace, emulation: dict[str, Any]) -> Report:
     return report
 
 
+def _require_option(name: str, option: str) -> None:
+    """Raise unless a backend has a keyword."""
+    if option not in backend_options(name):
+        raise RangeError(
+            f"check: --{option} must come with a backend that has one, got {name!r}. "
+            f"Its options: {', '.join(backend_options(name)) or 'none'}."
+        )
+
+
 def _check_emulated(
-    name: str, order: str, settings: dict[str, Any], emulation: dict[str, Any]
+    name: str,
+    order: str,
+    chosen: dict[str, Any],
+    settings: dict[str, Any],
+    emulation: dict[str, Any],
 ) -> Report:
     """Check a backend's kernels without their device, and tell what of them ran."""
     schedule = int(order) if order.isdigit() else order
     if schedule not in ("in-order", "reversed") and not isinstance(schedule, int):
         raise RangeError(f"check: --emulate must be in-order, reversed or a seed, got {order!r}.")
-    backend: Any = get_emulated_backend(name, schedule=schedule)
+    backend: Any = get_emulated_backend(name, schedule=schedule, **chosen)
     with _progress() as say:
         report = check_function("backend")(backend, progress=say, **settings)
     emulation |= backend.emulator.summary()
