@@ -21,7 +21,7 @@ class Kernel:
 
     def __str__(self) -> str:
         options = " ".join(f"{name}={value}" for name, value in self.options)
-        return f"{self.entry} of {self.file} ({options})" if options else self.entry
+        return f"{self.entry} of {self.file}" + (f" ({options})" if options else "")
 
 
 @dataclass(frozen=True, slots=True)
