@@ -1,10 +1,13 @@
 """The expert core: eq. (3) to (11) of `npmoe.layer`, group by group.
 
 A group is a few experts whose rows fit the intermediate buffers, so that these stay small: the
-activations of one group are all that exists of size (rows, I) beside gate_up.
+activations of one group, in the forward pass of three, are all that exists of size (rows, I)
+beside gate_up.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,10 +21,8 @@ from . import rows
 from .curves import curve_of
 from .launch import NO_IDS, Engine, Group, flat
 
-# A group has at least rows for so many numbers, and a share of all rows beyond its largest expert.
-# Larger ones would only cost memory, smaller ones calls.
-_LEAST_NUMBERS = 2**18
-_SHARE = 16
+# A group of the backward pass has at least rows for so many numbers: smaller ones cost calls.
+_LEAST_NUMBERS = 2**17
 
 
 def experts_forward(
@@ -29,29 +30,13 @@ def experts_forward(
     cfg: MoEConfig, dropout: HostArray | None, save: bool,
 ) -> tuple[HostArray, HostArray | None]:  # fmt: skip
     """Return the output (T, H), and gate_up (R, 2I) if it is saved."""
-    num_rows, hidden = plan.num_rows, x.shape[1]
-    inner, position = params.down_proj.shape[2], cfg.weight_position
-    curve = curve_of(cfg, engine.dtype)
-    token_ids = flat(plan.token_ids)
-    weights = row_weights(topk_weights, plan)
-    y = engine.empty(num_rows, hidden)
-    groups = _groups(plan, params)
-    kept_rows = num_rows if save else max(g.num_rows for g in groups)
-    gate_up = engine.empty(kept_rows, params.gate_up_proj.shape[1])
-    act = engine.empty(max(engine.padded_rows(g) for g in groups) * inner)
-    x_flat, gate_up_flat, y_flat = flat(x), gate_up.reshape(-1), y.reshape(-1)
-    for group in groups:
-        engine.project_and_activate(
-            x_flat, hidden, token_ids, params.gate_up_proj, group, curve, gate_up_flat, act,
-            row_scale=weights if position == "input" else None, bias=params.gate_up_bias,
-            dropout=dropout, act_scale=weights if position == "mid" else None, save=save,
-        )  # fmt: skip
-        engine.project(
-            act, inner, params.down_proj, group, y_flat, rows_depth=hidden, bias=params.down_bias,
-            bias_scale=weights if position == "mid" else None,
-        )  # fmt: skip
-    weighted = topk_weights if position == "output" else None
-    return combine(engine, y_flat, plan, weighted, hidden), gate_up if save else None
+    gate_up = engine.empty(plan.num_rows, params.gate_up_proj.shape[1]) if save else None
+    out = np.empty(x.shape, engine.dtype)
+    engine.run_experts(
+        x, plan, params, curve_of(cfg, engine.dtype), row_weights(topk_weights, plan),
+        cfg.weight_position, topk_weights, dropout, gate_up, out,
+    )  # fmt: skip
+    return out, gate_up
 
 
 def experts_backward(
@@ -68,45 +53,46 @@ def experts_backward(
     weights = row_weights(topk_weights, plan)
     grads = _Gradients(engine, params, out, accumulate)
     grad_down, grad_gate_up_proj = grads.of("down_proj"), grads.of("gate_up_proj")
-    groups = _groups(plan, params)
+    groups = _groups(engine, plan, params)
     most = max(g.num_rows for g in groups)
-    act, grad_pre = engine.empty(most * inner), engine.empty(most * wide)
-    grad_rows = engine.empty(num_rows * hidden)
     partial = np.zeros((max(engine.num_ranges(inner), 1), num_rows), engine.dtype)
     grad_flat, x_flat, gate_up_flat = flat(grad_output), flat(x), flat(gate_up)
     on_grad, on_x = (None, weights) if on_input else (weights, None)
-    for group in groups:
-        engine.project_back_and_activate(
-            grad_flat, token_ids, params.down_proj, group, curve, gate_up_flat, act, grad_pre,
-            partial, row_weights=on_grad, dropout=dropout,
-        )  # fmt: skip  # eq. (6), (4), (7), (9)
-        engine.weight_gradient(
-            grad_flat, act, group, grad_down, accumulate=accumulate, a_tokens=token_ids,
-            a_scale=on_grad,
-        )  # fmt: skip  # eq. (8)
-        engine.weight_gradient(
-            grad_pre, x_flat, group, grad_gate_up_proj, accumulate=accumulate, b_tokens=token_ids,
-            b_scale=on_x,
-        )  # fmt: skip  # eq. (10)
-        engine.project_back(grad_pre, group.base, params.gate_up_proj, group, grad_rows)
-        if params.gate_up_bias is not None:
-            sum_segments(engine, grad_pre, wide, group, grads.of("gate_up_bias"), accumulate,
-                         base=group.base)  # fmt: skip
-        if params.down_bias is not None:
-            sum_segments(engine, grad_flat, hidden, group, grads.of("down_bias"), accumulate,
-                         token_ids=token_ids, row_weights=on_grad)  # fmt: skip
-    numbers = num_rows * hidden
-    grad_weights = partial.sum(axis=0)
-    if on_input:
-        engine.over_rows(rows.dot_rows, grad_rows, NO_IDS, x_flat, token_ids, hidden, False,
-                         grad_weights, numbers=numbers)  # fmt: skip
-        engine.over_rows(rows.scale, grad_rows, hidden, weights, grad_rows, numbers=numbers)
-    elif params.down_bias is not None:
-        owners = np.repeat(np.arange(plan.num_experts, dtype=np.int32), np.diff(offsets))
-        engine.over_rows(rows.dot_rows, grad_flat, token_ids, flat(params.down_bias), owners,
-                         hidden, True, grad_weights, numbers=numbers)  # fmt: skip
+    with engine.temporary(most * inner, most * wide, num_rows * hidden) as temporary:
+        act, grad_pre, grad_rows = temporary
+        for group in groups:
+            engine.project_back_and_activate(
+                grad_flat, token_ids, params.down_proj, group, curve, gate_up_flat, act, grad_pre,
+                partial, row_weights=on_grad, dropout=dropout,
+            )  # fmt: skip  # eq. (6), (4), (7), (9)
+            engine.weight_gradient(
+                grad_flat, act, group, grad_down, accumulate=accumulate, a_tokens=token_ids,
+                a_scale=on_grad,
+            )  # fmt: skip  # eq. (8)
+            engine.weight_gradient(
+                grad_pre, x_flat, group, grad_gate_up_proj, accumulate=accumulate,
+                b_tokens=token_ids, b_scale=on_x,
+            )  # fmt: skip  # eq. (10)
+            engine.project_back(grad_pre, group.base, params.gate_up_proj, group, grad_rows)
+            if params.gate_up_bias is not None:
+                sum_segments(engine, grad_pre, wide, group, grads.of("gate_up_bias"), accumulate,
+                             base=group.base)  # fmt: skip
+            if params.down_bias is not None:
+                sum_segments(engine, grad_flat, hidden, group, grads.of("down_bias"), accumulate,
+                             token_ids=token_ids, row_weights=on_grad)  # fmt: skip
+        numbers = num_rows * hidden
+        grad_weights = partial.sum(axis=0)
+        if on_input:
+            engine.over_rows(rows.dot_rows, grad_rows, NO_IDS, x_flat, token_ids, hidden, False,
+                             grad_weights, numbers=numbers)  # fmt: skip
+            engine.over_rows(rows.scale, grad_rows, hidden, weights, grad_rows, numbers=numbers)
+        elif params.down_bias is not None:
+            owners = np.repeat(np.arange(plan.num_experts, dtype=np.int32), np.diff(offsets))
+            engine.over_rows(rows.dot_rows, grad_flat, token_ids, flat(params.down_bias), owners,
+                             hidden, True, grad_weights, numbers=numbers)  # fmt: skip
+        grad_hidden = combine(engine, grad_rows, plan, None, hidden)  # eq. (11)
     return ExpertGrads(
-        hidden_states=combine(engine, grad_rows, plan, None, hidden),  # eq. (11)
+        hidden_states=grad_hidden,
         topk_weights=scatter_routes(grad_weights, plan),
         gate_up_proj=grads.finish("gate_up_proj"),
         down_proj=grads.finish("down_proj"),
@@ -186,12 +172,9 @@ def scatter_routes(values: HostArray, plan: DispatchPlan) -> HostArray:
     return spread.reshape(plan.num_tokens, plan.top_k)
 
 
-def _groups(plan: DispatchPlan, params: MoEParams) -> list[Group]:
+def _groups(engine: Engine, plan: DispatchPlan, params: MoEParams) -> list[Group]:
     """Cut the experts into groups; an expert with more rows than the limit is one alone."""
     offsets = flat(plan.expert_offsets)
     _, hidden, inner = params.down_proj.shape
-    most = max(
-        _LEAST_NUMBERS // (3 * inner + hidden),
-        int((offsets[1:] - offsets[:-1]).max()) + plan.num_rows // _SHARE,
-    )
-    return [Group(offsets, *ends) for ends in rows.group_experts(offsets, most)]
+    ends, count, _ = engine.groups(offsets, _LEAST_NUMBERS // (3 * inner + hidden))
+    return [Group(offsets, *pair) for pair in pairwise([0, *ends[:count].tolist()])]

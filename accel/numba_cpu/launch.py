@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numba
 import numpy as np
 
 from npmoe._typing import HostArray
+from npmoe.dispatch import DispatchPlan
+from npmoe.params import MoEParams
 
 from . import backward, forward, rows
 from .curves import Curve
@@ -28,6 +33,10 @@ _MOST_OUTPUTS = 240
 _BACK_OUTPUTS = 512
 _GRADIENT_OUTPUTS = 192
 _GRADIENT_PANELS = 2**16
+# A group of experts has at most as many rows as the largest, and so large a share of all.
+_SHARE = 16
+# Bytes of temporary arrays kept between calls; beyond, every call takes and frees its own.
+_KEPT = 2**26
 # Work of fewer multiplications is not worth waking a thread for.
 _SMALL = 2**18
 
@@ -97,61 +106,108 @@ class Engine:
         self.skinny_rows = skinny_rows
         self.skinny_rest = self.lanes // 2 if skinny_rows else 0
         self.none = np.zeros(0, self.dtype)
+        self._kept: list[HostArray] = []
         self._cache: int = _CACHE * 4 // self.dtype.itemsize
 
     def project(
         self, x: HostArray, depth: int, weight: HostArray, group: Group, y: HostArray, *,
-        rows_depth: int = 0, token_ids: HostArray = NO_IDS, bias: HostArray | None = None,
-        bias_scale: HostArray | None = None,
+        bias: HostArray | None = None,
     ) -> None:  # fmt: skip
-        """Run `forward.project` for weight (E, outputs, depth).
-
-        With `rows_depth`, x is as `project_and_activate` left it, and this was its depth.
-        """
-        packed = rows_depth > 0
+        """Write y = x @ weight[e].T + bias[e] for weight (E, outputs, depth)."""
         outputs = weight.shape[1]
-        block, step = self._block(rows_depth or depth), self._step(depth)
-        room = 0 if packed else max(block, self.skinny_rows) * depth
-        tasks = self._tasks(group, outputs, step, block)
-        self.team.run(
-            forward.project, tasks, self.panel, self.lanes, room, x, packed, depth, token_ids,
-            self.none, flat(weight), outputs, half_code(weight), self._maybe(bias),
-            self._maybe(bias_scale), y,
-            dtype=self.dtype, room=room + step * self.panel + ROWS * DEPTH,
-            small=group.num_rows * depth * outputs < _SMALL,
+        tasks = self._tasks(group, outputs, self._step(depth), self._block(depth))
+        stages = np.zeros((2, rows.STAGE), np.int64)
+        stages[0, rows.KIND], stages[1, rows.BEGIN] = rows.PROJECT, len(tasks)
+        none, w, half = self.none, flat(weight), half_code(weight)
+        self._run_forward(
+            tasks, stages, x, depth, NO_IDS, none, w, 0, half, none, 0, False, none, none, none,
+            False, none, none, 0, False, w, depth, outputs, half, self._maybe(bias), none, y,
+            NO_IDS, 0, none, none, work=group.num_rows * depth * outputs,
         )  # fmt: skip
 
-    def project_and_activate(
-        self, x: HostArray, depth: int, token_ids: HostArray, weight: HostArray, group: Group,
-        curve: Curve, gate_up: HostArray, act: HostArray, *, row_scale: HostArray | None,
-        bias: HostArray | None, dropout: HostArray | None, act_scale: HostArray | None, save: bool,
+    def run_experts(
+        self, x: HostArray, plan: DispatchPlan, params: MoEParams, curve: Curve, weights: HostArray,
+        position: str, topk_weights: HostArray, dropout: HostArray | None,
+        gate_up: HostArray | None, out: HostArray,
     ) -> None:  # fmt: skip
-        """Run `forward.project_and_activate` for weight (E, 2I, depth)."""
-        wide_size = weight.shape[1]
-        inner = wide_size // 2 if curve.gated else wide_size
-        block, step = self._block(depth), self._step(depth)
-        room = max(block, self.skinny_rows) * depth
-        tasks = self._tasks(group, inner, step, block)
-        self.team.run(
-            forward.project_and_activate, tasks, self.panel, self.lanes, room, x, depth, token_ids,
-            self._maybe(row_scale), flat(weight), wide_size, half_code(weight), self._maybe(bias),
-            curve.kind, curve.gated, curve.settings, self._maybe(dropout), self._maybe(act_scale),
-            save, 0 if save else group.base, gate_up, act,
-            dtype=self.dtype, room=room + 2 * step * self.panel + ROWS * DEPTH,
-            small=group.num_rows * depth * wide_size < _SMALL,
+        """Write the experts' output (T, H), eq. (3) to (5), and gate_up (R, 2I) if it is there."""
+        hidden, inner = params.down_proj.shape[1:]
+        wide_size = params.gate_up_proj.shape[1]
+        offsets, num_rows = flat(plan.expert_offsets), plan.num_rows
+        ends, num_groups, slot = self.groups(offsets)
+        shape, out_shape = self._shape(hidden), self._shape(inner, hidden)
+        blocks = len(offsets) - 1 + 2 * num_rows // min(shape[1], out_shape[1])
+        most = blocks * (-(-inner // shape[0]) - (-hidden // out_shape[0]))
+        tasks = np.empty((most + -(-plan.num_tokens // rows.STEP), rows.TASK), np.int64)
+        stages = np.zeros((2 * num_groups + 2, rows.STAGE), np.int64)
+        count = rows.cut_forward(
+            offsets, ends, num_groups, inner, *shape, hidden, *out_shape, self.skinny_rows,
+            self.skinny_rest, self.lanes, plan.num_tokens, tasks, stages,
         )  # fmt: skip
+        none, w1, w2 = self.none, params.gate_up_proj, params.down_proj
+        slot *= inner
+        slots = min(num_groups, rows.SLOTS)
+        with self.temporary(num_rows * hidden, slots * slot) as (y, act):
+            self._run_forward(
+                tasks[:count], stages, flat(x), hidden, flat(plan.token_ids),
+                weights if position == "input" else none, flat(w1), wide_size, half_code(w1),
+                self._maybe(params.gate_up_bias), curve.kind, curve.gated, curve.settings,
+                self._maybe(dropout), weights if position == "mid" else none, gate_up is not None,
+                self._maybe(gate_up), act, slot, True, flat(w2), inner, hidden, half_code(w2),
+                self._maybe(params.down_bias), weights if position == "mid" else none, y,
+                flat(plan.row_ids), plan.top_k,
+                flat(topk_weights) if position == "output" else none, flat(out),
+                work=num_rows * hidden * (wide_size + inner),
+            )  # fmt: skip
+
+    def _run_forward(
+        self, tasks: HostArray, stages: HostArray, x: HostArray, hidden: int, *args: Any, work: int
+    ) -> None:
+        step, block = self._shape(hidden)
+        room = max(block, self.skinny_rows) * hidden
+        step = max(step, _MOST_OUTPUTS)
+        products = 2 * step * max(self.panel, self.skinny_rows)
+        self.team.run(
+            forward.run_forward, tasks, stages, self.panel, self.lanes, room, x, hidden, *args,
+            dtype=self.dtype, room=room + products + ROWS * DEPTH, small=work < _SMALL,
+            stages=len(stages) - 1,
+        )  # fmt: skip
+
+    @contextmanager
+    def temporary(self, *sizes: int) -> Iterator[list[HostArray]]:
+        """Lend memory for the time of one call: arrays of so many numbers, at cache lines.
+
+        Fresh memory is slow, since the system clears it page by page. What a call used is kept for
+        the next one, up to `_KEPT` bytes; a call that finds it taken by another thread, or that
+        was interrupted while threads still write, has its own and leaves none.
+        """
+        line = 64 // self.dtype.itemsize
+        ends = list(accumulate(-(-size // line) * line for size in sizes))
+        try:
+            memory = self._kept.pop()
+        except IndexError:
+            memory = self.none
+        if memory.size < ends[-1]:
+            memory = self.empty(ends[-1])
+        yield [memory[begin : begin + size]
+               for begin, size in zip([0, *ends], sizes, strict=False)]  # fmt: skip
+        if memory.nbytes <= _KEPT and not self._kept:
+            self._kept.append(memory)
 
     def project_back(
         self, a: HostArray, base: int, weight: HostArray, group: Group, y: HostArray
     ) -> None:
         """Run `backward.project_back` for weight (E, depth, outputs)."""
         _, depth, outputs = weight.shape
-        tasks = self._tasks(group, outputs, self._back_step, _MOST_ROWS)
-        room = _MOST_ROWS * self._back_step
+        # Long rows of weights where few tokens meet them; else tasks enough for all threads.
+        many = group.num_rows > self.panel * (group.last - group.first)
+        step = self._back_step // 2 if many else self._back_step
+        tasks = self._tasks(group, outputs, step, _MOST_ROWS)
+        room = _MOST_ROWS * step
         self.team.run(
             backward.project_back, tasks, self.panel, self.lanes, room, a, base, depth,
             flat(weight), outputs, half_code(weight), y,
-            dtype=self.dtype, room=room + backward.BACK_DEPTH * self._back_step,
+            dtype=self.dtype, room=room + backward.BACK_DEPTH * step,
             small=group.num_rows * depth * outputs < _SMALL,
         )  # fmt: skip
 
@@ -186,7 +242,7 @@ class Engine:
         """Run `backward.weight_gradient` into out (E, M, N)."""
         _, a_width, b_width = out.shape
         tasks = np.empty(
-            ((group.last - group.first) * -(-a_width // _GRADIENT_OUTPUTS), forward.TASK), np.int64
+            ((group.last - group.first) * -(-a_width // _GRADIENT_OUTPUTS), rows.TASK), np.int64
         )
         rows.cut_gradient_tasks(
             group.offsets, group.first, group.last, a_width, _GRADIENT_OUTPUTS, tasks
@@ -207,13 +263,21 @@ class Engine:
         """Run a kernel of `rows`; `numbers` says how many it touches."""
         self.team.run(kernel, *args, dtype=self.dtype, room=room, small=numbers < _SMALL)
 
-    def padded_rows(self, group: Group) -> int:
-        """Return the rows of the group with every expert's rounded up to the lanes."""
-        counts = (
-            group.offsets[group.first + 1 : group.last + 1]
-            - group.offsets[group.first : group.last]
-        )
-        return int((-(-counts // self.lanes)).sum()) * self.lanes
+    def groups(self, offsets: HostArray, least: int = 0) -> tuple[HostArray, int, int]:
+        """Return the ends of groups of experts, their number, and the padded rows of the largest.
+
+        A group has at most `least` rows, or those of the largest expert and a share of all.
+        """
+        ends = np.empty(len(offsets), np.int64)
+        counts = np.diff(offsets)
+        most = max(least, int(counts.max()) + int(offsets[-1]) // _SHARE)
+        count = rows.group_experts(offsets, most, ends)
+        padded = np.append(0, np.cumsum(-(-counts // self.lanes)))[np.append(0, ends[:count])]
+        return ends, count, int(np.diff(padded).max()) * self.lanes
+
+    def _shape(self, depth: int, outputs: int = 0) -> tuple[int, int]:
+        """Return the most outputs and rows of a task; rows go by the other product's depth."""
+        return self._step(depth), self._block(outputs or depth)
 
     def empty(self, *shape: int) -> HostArray:
         """Return a new array that begins at a cache line."""
@@ -237,7 +301,7 @@ class Engine:
                 self.skinny_rest, self.lanes)  # fmt: skip
         blocks = group.last - group.first + group.num_rows // (block // 2)
         guess = blocks * -(-outputs // step)
-        tasks = np.empty((guess, forward.TASK), np.int64)
+        tasks = np.empty((guess, rows.TASK), np.int64)
         return tasks[: rows.cut_tasks(*args, tasks)]
 
     def _maybe(self, array: HostArray | None) -> HostArray:

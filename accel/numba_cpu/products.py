@@ -24,7 +24,7 @@ from .tiles import (
 DEPTH = 128
 
 _tile_1, _tile_2, _tile_3, _tile_4 = (make_outer_tile(min(v, VECTORS)) for v in (1, 2, 3, 4))
-tile_rows = _tile_4
+tile_rows = make_outer_tile(VECTORS, ask_next=True)
 tile_columns = make_outer_tile(VECTORS, by_column=True)
 _dot, _dot_float16, _dot_bfloat16 = (make_dot_tile(half) for half in (None, "float16", "bfloat16"))
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from .compiling import kernel
+from .compiling import inner, kernel
 from .curves import activate, activate_backward
 from .products import dot
 from .tiles import borrow, take_ticket
 
 # Rows or tokens of one task.
 STEP = 64
+# Columns of a table of tasks: expert, its first row of the block, rows, first output, outputs,
+# first row of the block in padded buffers, how many of the rows are in the wide form.
+TASK = 7
+# Columns of a table of stages: kind of its tasks, the first one, how many stages must be complete
+# before, slot of the activations. The last row has but the number of all tasks.
+KIND, BEGIN, NEEDS, SLOT = range(4)
+STAGE = 4
+ACTIVATE, PROJECT, SUM = range(3)
+# Groups of experts whose activations exist at once: one being read, one written, and one that
+# is finished while others go on.
+SLOTS = 3
 
 
 @kernel
@@ -62,19 +73,25 @@ def combine(
         if begin >= num_tokens:
             return
         for t in range(begin, min(begin + STEP, num_tokens)):
-            goal = out[t * width : (t + 1) * width]
+            combine_token(rows, width, row_ids, top_k, weights, t, out)
+
+
+@inner
+def combine_token(rows, width, row_ids, top_k, weights, t, out):
+    """Write the sum of one token's rows."""
+    goal = out[t * width : (t + 1) * width]
+    for n in range(width):
+        goal[n] = 0.0
+    for p in range(t * top_k, (t + 1) * top_k):
+        if row_ids[p] < 0:
+            continue
+        source = rows[row_ids[p] * width : (row_ids[p] + 1) * width]
+        if weights.size:
             for n in range(width):
-                goal[n] = 0.0
-            for p in range(t * top_k, (t + 1) * top_k):
-                if row_ids[p] < 0:
-                    continue
-                source = rows[row_ids[p] * width : (row_ids[p] + 1) * width]
-                if weights.size:
-                    for n in range(width):
-                        goal[n] += weights[p] * source[n]
-                else:
-                    for n in range(width):
-                        goal[n] += source[n]
+                goal[n] += weights[p] * source[n]
+        else:
+            for n in range(width):
+                goal[n] += source[n]
 
 
 @kernel
@@ -250,14 +267,50 @@ def cut_gradient_tasks(offsets, first, last, outputs, step, tasks):
     return count
 
 
-def group_experts(offsets, most_rows) -> list[tuple[int, int]]:
-    """Return ranges of experts with at most `most_rows` rows together, or one expert."""
-    ends: list[tuple[int, int]] = []
-    first = 0
-    bounds = offsets.tolist()
-    for e in range(len(bounds) - 1):
-        if bounds[e + 1] - bounds[first] > most_rows and e > first:
-            ends.append((first, e))
-            first = e
-    ends.append((first, len(bounds) - 1))
-    return ends
+@kernel
+def group_experts(offsets, most_rows, ends):
+    """Write the ends of ranges of experts with at most `most_rows` rows, or one; count them."""
+    count, first = 0, 0
+    for e in range(len(offsets) - 1):
+        if offsets[e + 1] - offsets[first] > most_rows and e > first:
+            ends[count] = e
+            count, first = count + 1, e
+    ends[count] = len(offsets) - 1
+    return count + 1
+
+
+@kernel
+def cut_forward(
+    offsets, ends, num_groups, inner, step, block, outputs, out_step, out_block, skinny_rows,
+    skinny_rest, lanes, num_tokens, tasks, stages,
+):  # fmt: skip
+    """Write the tasks and stages of the forward pass; return the number of tasks.
+
+    The second products of a group come after the first ones of the next, and wait for those of
+    their own; first products wait until what was in their slot has been read.
+    """
+    count, stage = 0, 0
+    for g in range(num_groups + 1):
+        for kind in (ACTIVATE, PROJECT):
+            i = g if kind == ACTIVATE else g - 1
+            if i < 0 or i >= num_groups:
+                continue
+            first = 0 if i == 0 else ends[i - 1]
+            stages[stage, KIND], stages[stage, BEGIN] = kind, count
+            stages[stage, SLOT] = i % SLOTS
+            # ACTIVATE of group i > 0 is stage 2i - 1, and its PROJECT 2i + 2 or the last before.
+            stages[stage, NEEDS] = max(2 * i, 1) if kind == PROJECT else max(2 * i - 3, 0)
+            if kind == ACTIVATE:
+                count += cut_tasks(offsets, first, ends[i], inner, step, block, skinny_rows,
+                                   skinny_rest, lanes, tasks[count:])  # fmt: skip
+            else:
+                count += cut_tasks(offsets, first, ends[i], outputs, out_step, out_block,
+                                   skinny_rows, skinny_rest, lanes, tasks[count:])  # fmt: skip
+            stage += 1
+    stages[stage, KIND], stages[stage, BEGIN], stages[stage, NEEDS] = SUM, count, stage
+    for t in range(0, num_tokens, STEP):
+        if count < len(tasks):
+            tasks[count, 1], tasks[count, 2] = t, min(STEP, num_tokens - t)
+        count += 1
+    stages[stage + 1, BEGIN] = count
+    return count

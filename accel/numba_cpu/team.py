@@ -42,17 +42,19 @@ class Team:
         self._jobs: list[SimpleQueue[Any]] = []
 
     def run(
-        self, kernel: Callable[..., None], *args: Any, dtype: Any, room: int, small: bool = False
-    ) -> None:
+        self, kernel: Callable[..., None], *args: Any, dtype: Any, room: int, small: bool = False,
+        stages: int = 0,
+    ) -> None:  # fmt: skip
         """Call ``kernel(tickets, thread, scratch, places, *args)`` in every thread, and wait.
 
         `room` numbers of scratch are needed by each; `small` work stays in the caller's thread.
+        After the number of the next ticket, `tickets` counts the tasks done of each stage.
         """
         with self._lock:
             scratch = self._scratch_of(np.dtype(dtype), room)
             # Tickets and queue of this call's own: a wait that was interrupted leaves threads at
             # work on the last call, and they must neither take nor give anything of this one.
-            tickets = np.zeros(1, np.int64)
+            tickets = np.zeros(1 + stages, np.int64)
             call = (tickets, scratch, self._places, args)
             if small or self.num_threads == 1:
                 kernel(tickets, 0, scratch, self._places, *args)

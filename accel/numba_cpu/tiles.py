@@ -6,6 +6,7 @@ take flat arrays and offsets in numbers, and trust them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,9 @@ INT = types.int64
 _AHEAD = 16
 
 
-def make_outer_tile(vectors: int, *, by_column: bool = False) -> Callable[..., None]:
+def make_outer_tile(
+    vectors: int, *, by_column: bool = False, ask_next: bool = False
+) -> Callable[..., None]:
     """Return ``c[m, v] (+)= sum over k of a(m, k) * b[k, v]`` for ROWS m and vectors*lanes v.
 
     a(m, k) is ``a[m*a_stride + k]``, or ``a[k*a_stride + m]`` if `by_column`. Each product enters
@@ -114,6 +117,14 @@ def make_outer_tile(vectors: int, *, by_column: bool = False) -> Callable[..., N
             block = cgutils.alloca_once_value(builder, later_start)
             with cgutils.for_range_slice(builder, I64(0), depth, I64(line)) as (begin, _):
                 row = cgutils.alloca_once(builder, I64)
+                if ask_next:
+                    line_number = builder.sdiv(begin, I64(line))
+                    next_row = builder.mul(c_stride, builder.add(I64(ROWS), line_number))
+                    for v in range(vectors):
+                        prefetch(builder, pointer_c, builder.add(next_row, I64(v * vec.lanes)))
+                    for m in range(ROWS):
+                        at = builder.add(builder.mul(a_stride, I64(ROWS + m)), begin)
+                        prefetch(builder, pointer_a, at)
                 builder.store(builder.load(block), row)
                 with cgutils.for_range(builder, later_rows):
                     with cgutils.for_range(builder, later_lines) as lines:
@@ -383,6 +394,46 @@ def take_ticket(context, tickets):
     def generate(context, builder, signature, args):
         pointer = data_pointer(context, builder, tickets, args[0])
         return builder.atomic_rmw("add", pointer, I64(1), "monotonic")
+
+    return signature, generate
+
+
+@intrinsic
+def finish_task(context, tickets, stage):
+    """Count a task of a stage as done, after all that it wrote."""
+    signature = types.void(tickets, INT)
+
+    def generate(context, builder, signature, args):
+        counters = data_pointer(context, builder, tickets, args[0])
+        counter = builder.gep(counters, [builder.add(args[1], I64(1))])
+        builder.atomic_rmw("add", counter, I64(1), "release")
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def wait_for_stage(context, tickets, stage, count):
+    """Return when `count` tasks of a stage are done; what they wrote can be read then."""
+    signature = types.void(tickets, INT, INT)
+
+    def generate(context, builder, signature, args):
+        counters = data_pointer(context, builder, tickets, args[0])
+        counter = builder.gep(counters, [builder.add(args[1], I64(1))])
+        look, wait, go_on = (builder.append_basic_block(n) for n in ("look", "wait", "go_on"))
+        builder.branch(look)
+        builder.position_at_end(look)
+        done = builder.load_atomic(counter, "acquire", 8)
+        builder.cbranch(builder.icmp_signed("<", done, args[2]), wait, go_on)
+        builder.position_at_end(wait)
+        if os.name == "posix":  # else it spins: a thread without a core needs this one's
+            give_way = ir.FunctionType(I32, [])
+            builder.call(
+                cgutils.get_or_insert_function(builder.module, give_way, "sched_yield"), []
+            )
+        builder.branch(look)
+        builder.position_at_end(go_on)
+        return context.get_dummy_value()
 
     return signature, generate
 

@@ -93,7 +93,7 @@ def test_earlier_calls_leave_nothing_behind(dtype: str) -> None:
 
 def poison(backend: Any) -> None:
     for engine in backend._engines.values():
-        for scratch in engine.team._scratch.values():
+        for scratch in (*engine.team._scratch.values(), *engine._kept):
             scratch[...] = np.nan
 
 

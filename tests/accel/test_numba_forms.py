@@ -83,7 +83,7 @@ def test_tasks_cover_every_output_of_every_row_once() -> None:
         group = Group(plan.expert_offsets, first, last)
         tasks = run._tasks(group, outputs, step, block)
         seen = np.zeros((plan.num_rows, outputs), int)
-        padded = np.zeros(run.padded_rows(group), int)
+        padded = np.zeros(sum(-(-n // run.lanes) for n in counts[first:last]) * run.lanes, int)
         for e, begin, n, start, width, padded_first, wide_rows in tasks.tolist():
             assert plan.expert_offsets[e] <= begin < begin + n <= plan.expert_offsets[e + 1]
             seen[begin : begin + n, start : start + width] += 1
@@ -113,6 +113,46 @@ def test_a_short_table_of_tasks_is_not_overrun() -> None:
     assert count == 20
     assert rows.cut_gradient_tasks(offsets, 0, 4, 30, 7, part[:3]) == count
     assert (part[3:] == -9).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 9])
+def test_stages_wait_for_what_they_read_and_overwrite(groups: int) -> None:
+    counts = [3, 0, 20, 5, 1, 9, 2, 8, 4][:groups]
+    offsets = plan_of(counts).expert_offsets
+    tasks = np.zeros((200, rows.TASK), np.int64)
+    stages = np.full((2 * groups + 2, rows.STAGE), -1, np.int64)
+    ends = np.arange(1, groups + 1)
+    count = rows.cut_forward(offsets, ends, groups, 10, 6, 16, 7, 4, 8, SKINNY_ROWS, 2, 8, 70,
+                             tasks, stages)  # fmt: skip
+    begins = stages[:, rows.BEGIN].tolist()
+    assert begins == sorted(begins)
+    assert begins[0] == 0
+    assert begins[-1] == count
+    found: dict[int, list[int]] = {rows.ACTIVATE: [], rows.PROJECT: [], rows.SUM: []}
+    slots = {}
+    for stage, (kind, begin, _, slot) in enumerate(stages.tolist()[:-1]):
+        found[kind].append(stage)
+        slots[stage] = slot
+        part = tasks[begin : begins[stage + 1]]
+        if kind == rows.SUM:
+            assert part[:, 1].tolist() == [0, rows.STEP]
+            assert part[:, 2].tolist() == [rows.STEP, 70 - rows.STEP]
+        else:
+            expert = len(found[kind]) - 1
+            assert (part[:, 0] == expert).all()
+            widths = part[:, 4].sum()
+            assert widths >= (10 if kind == rows.ACTIVATE else 7) * (counts[expert] > 0)
+    written, read = found[rows.ACTIVATE], found[rows.PROJECT]
+    assert len(written) == len(read) == groups
+    needs = stages[:, rows.NEEDS].tolist()
+    assert all(need <= stage for stage, need in enumerate(needs[:-1]))
+    for i in range(groups):
+        assert needs[read[i]] > written[i]
+        assert slots[read[i]] == slots[written[i]]
+        for j in range(i):
+            if slots[written[j]] == slots[written[i]]:
+                assert needs[written[i]] > read[j]
+    assert found[rows.SUM] == [needs[2 * groups]] == [2 * groups]
 
 
 @floats

@@ -60,7 +60,7 @@ def test_compiling_is_never_silent(tmp_path: Path) -> None:
         )
         assert done.stdout == "[[3.0, 3.0], [3.0, 3.0]]\n"
         said.append(done.stderr)
-    assert "npmoe: compiling kernels, once on this machine: project\n" in said[0]
+    assert "npmoe: compiling kernels, once on this machine: run_forward\n" in said[0]
     assert said[1] == ""
 
 

@@ -18,10 +18,13 @@ from needs import need_numba
 
 need_numba()
 
+import numba
 from numba_problems import bits, draw_experts, run_experts, spread_plan
 
 import npmoe
-from accel.numba_cpu.team import Team, aligned_empty
+from accel.numba_cpu import launch
+from accel.numba_cpu.team import Team, address, aligned_empty
+from accel.numba_cpu.tiles import finish_task, wait_for_stage
 
 HERE = Path(__file__).resolve().parent
 ROOT = Path(npmoe.__file__).resolve().parents[1]
@@ -174,6 +177,70 @@ def together(backends: list[Any], dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_two_threads_call_one_backend(dtype: str) -> None:
     together([npmoe.get_backend("numba", num_threads=2)] * 2, dtype)
+
+
+def test_calls_at_the_same_time_share_no_temporary_arrays() -> None:
+    """While one caller holds what the last call left, another computes."""
+    backend = npmoe.get_backend("numba", num_threads=2)
+    case = CASE.astype("float32")
+    want = bits(run_experts(backend, case))
+    engine = backend._engines[case.x.dtype]
+    with engine.temporary(10) as (held,):
+        whole = held.base
+        assert whole.size > case.x.size
+        whole[...] = 7.0
+        assert bits(run_experts(backend, case)) == want
+        assert (whole == 7.0).all()
+    (kept,) = engine._kept  # of two that could be, one
+    assert not np.shares_memory(kept, whole)
+
+
+def test_temporary_arrays_are_kept_for_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = npmoe.get_backend("numba")._engines[np.dtype(np.float32)]
+    with engine.temporary(3, 0, 40) as arrays:
+        assert [a.size for a in arrays] == [3, 0, 40]
+        assert all(address(a) % 64 == 0 for a in arrays)
+        assert not np.shares_memory(arrays[0], arrays[2])
+        first = address(arrays[0])
+    with engine.temporary(50) as (again,):
+        assert address(again) == first
+    with engine.temporary(500) as (larger,):
+        assert larger.size == 500
+    with pytest.raises(KeyboardInterrupt), engine.temporary(500):
+        raise KeyboardInterrupt  # other threads may still be writing
+    assert engine._kept == []
+    monkeypatch.setattr(launch, "_KEPT", 2000)
+    for size, kept in ((496, 1), (512, 0)):
+        with engine.temporary(size):
+            pass
+        assert len(engine._kept) == kept, size
+
+
+@numba.njit(nogil=True)
+def wait_for_two(tickets: Any, seen: Any) -> None:
+    wait_for_stage(tickets, np.int64(1), np.int64(2))
+    seen[0] = tickets[2]
+
+
+@numba.njit
+def finish(tickets: Any) -> None:
+    finish_task(tickets, np.int64(1))
+
+
+def test_a_stage_is_waited_for() -> None:
+    tickets, seen = np.zeros(3, np.int64), np.full(1, -1)
+    finish(tickets)
+    wait_for_two(np.array([0, 0, 2]), seen)
+    waiting = threading.Thread(target=wait_for_two, args=(tickets, seen), daemon=True)
+    seen[0] = -1
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    assert seen[0] == -1
+    finish(tickets)
+    waiting.join(10)
+    assert seen[0] == 2
+    assert tickets.tolist() == [0, 0, 2]
 
 
 def test_two_instances_at_once() -> None:
