@@ -1,5 +1,6 @@
 """Types shared by every room, and the one way to find an array's namespace."""
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -14,4 +15,8 @@ HostArray: TypeAlias = "npt.NDArray[Any]"
 
 def array_namespace(x: Array) -> Any:
     """Return the module whose functions take `x`: numpy for ndarrays, else the array's own."""
-    return np if type(x) is np.ndarray else x.__array_namespace__()
+    if type(x) is np.ndarray:
+        return np
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    return sys.modules[type(x).__module__.partition(".")[0]]  # CuPy's arrays do not tell

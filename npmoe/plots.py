@@ -25,7 +25,9 @@ __all__ = [
 ]
 
 
-def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
+def plot_curves(
+    records: list[dict[str, Any]], path: str | Path, *, unit: str = "nats per character"
+) -> None:
     """Draw loss, learning rate, load imbalance and drop rate over the steps of a log.
 
     Parameters
@@ -34,6 +36,8 @@ def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
         As `npmoe.training.read_log` returns them.
     path : path
         A PNG file.
+    unit : str
+        Of the loss.
 
     Raises
     ------
@@ -54,8 +58,16 @@ def plot_curves(records: list[dict[str, Any]], path: str | Path) -> None:
             "o-",
             label=f"validation (last {evaluated[-1]['val_loss']:.3f})",
         )
-    loss.set(title="Loss", ylabel="nats per character")
-    loss.legend()
+    loss.set(title="Loss", ylabel=unit)
+    tested = [r for r in evaluated if "val_accuracy" in r]
+    if tested:
+        accuracy = loss.twinx()
+        accuracy.set_zorder(-1)  # behind the legend
+        loss.patch.set_visible(False)
+        values = [100 * r["val_accuracy"] for r in tested]
+        accuracy.plot([r["step"] for r in tested], values, "s--", color="tab:green")
+        accuracy.set(ylabel=f"test accuracy % (green, last {values[-1]:.2f})")
+    loss.legend(loc="center right" if tested else "best")
     rate.plot(steps, [r["learning_rate"] for r in records], color="tab:green")
     rate.set(title="Learning rate and gradient norm", ylabel="learning rate")
     norm = rate.twinx()

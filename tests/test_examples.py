@@ -21,6 +21,12 @@ EXAMPLES = sorted(p.name for p in FOLDER.glob("[0-9][0-9]_*.py"))
 ARGUMENTS = {
     "03_train_text.py": ["--steps", "2", "--out", "OUT"],
     "04_moe_vs_dense.py": ["--steps", "2", "--seeds", "1", "--out", "OUT"],
+    "07_digits.py": ["--steps", "2", "--seeds", "1", "--out", "OUT"],
+    "08_distillation.py": ["--steps", "2", "--teacher-steps", "2", "--seeds", "1"],
+    "09_sparse_upcycling.py": ["--steps", "2", "--out", "OUT"],
+    "10_lora_experts.py": ["--steps", "2", "--before-steps", "2"],
+    "11_cached_routing.py": ["--rounds", "2", "--tokens", "8"],
+    "12_router_craft.py": ["--steps", "2", "--seeds", "1"],
 }
 TELLS = {
     "01_forward.py": ["output (2, 6, 16) float32", "routes dropped"],
@@ -28,6 +34,12 @@ TELLS = {
     "03_train_text.py": ["step 2: loss", "validation loss", "the quick"],
     "05_check_your_kernel.py": ["FAILED", "full-blocks-get-no-extra-block", "checks passed: WRONG"],
     "04_moe_vs_dense.py": ["moe   seed 0: validation loss", "dense seed 0", "advantage of the MoE"],
+    "07_digits.py": ["dense model, seed 0: ", "all experts, seed 0: ", "| top-1 (Switch) | "],
+    "08_distillation.py": ["teacher: ", "all labels: mean accuracy", "of the gap closed"],
+    "09_sparse_upcycling.py": ["logits after upcycling differ by", "upcycled, trained"],
+    "10_lora_experts.py": ["adapters of the experts", "every bit of the base is back: True"],
+    "11_cached_routing.py": ["256 experts", "same bits", "(2 hits)"],
+    "12_router_craft.py": ["all experts alike", "router frozen", "fading out", "times 10.0"],
 }
 
 

@@ -11,6 +11,7 @@ from npmoe._typing import HostArray
 from npmoe.benchmark.cases import Case, Load
 from npmoe.benchmark.result import Agreement
 from npmoe.params import MoEGrads
+from npmoe.testing.balls import OPERANDS
 from npmoe.testing.bounds import unit_roundoff
 
 _PROBES = 4
@@ -56,19 +57,25 @@ def _project(weights: HostArray) -> HostArray:
     return np.asarray(np.einsum("emp,mp->ep", products, left))
 
 
-def agreement_bound(case: Case, load: Load, direction: str, rounding: str) -> float:
+def agreement_bound(
+    case: Case, load: Load, direction: str, rounding: str, operands: str | None = None
+) -> float:
     """Return the relative difference allowed between two correct implementations.
 
     Twice (for both of them) u*sqrt(n) times the number of products that follow one another, where
     n is the longest sum; and a factor of 2, since rounding errors of random signs stay below
-    u*sqrt(n) only in the mean. Norms of rows have no tails that would need more.
+    u*sqrt(n) only in the mean. Norms of rows have no tails that would need more. `operands` that
+    are rounded before they enter a product add 2u of theirs, twice for the same reason, per
+    product: errors of the terms grow as their sum does, not with n.
 
     References
     ----------
     Higham and Mary 2019, "A New Approach to Probabilistic Rounding Error Analysis".
     """
     n = max(case.hidden_size, case.intermediate_size, load.largest)
-    return 2 * _CONFIDENCE * _DEPTH[direction] * math.sqrt(n) * unit_roundoff(rounding)
+    sums = 2 * math.sqrt(n) * unit_roundoff(rounding)
+    entering = 0.0 if operands is None else 2 * OPERANDS[operands][0]
+    return _CONFIDENCE * _DEPTH[direction] * (sums + entering)
 
 
 def compare(found: Fingerprint, expected: Fingerprint, bound: float) -> Agreement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -9,12 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from npmoe._half import named_dtype
-from npmoe._typing import HostArray
+from npmoe._typing import Array, HostArray
+from npmoe.backends import Backend
 from npmoe.benchmark.cases import Case
 from npmoe.config import MoEConfig
 from npmoe.model_presets import preset
 from npmoe.params import MoEParams
 from npmoe.testing.bounds import unit_roundoff
+from npmoe.tree import map_arrays
 
 # Errors of dot products with random signs stay below this multiple of u*sqrt(n) (Higham and Mary).
 _CONFIDENCE = 6.0
@@ -22,16 +25,22 @@ _CONFIDENCE = 6.0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Inputs:
-    """A case as the layer takes it: Mixtral's router, and the gradient of the output."""
+    """A case as the layer takes it: Mixtral's router, and the gradient of the output.
+
+    `operands` is what the experts' products may round to (`npmoe.backends.Backend`).
+    """
 
     case: Case
     cfg: MoEConfig
     params: MoEParams
-    hidden_states: HostArray  # (T, H)
-    grad_output: HostArray  # (T, H)
+    hidden_states: Array  # (T, H)
+    grad_output: Array  # (T, H)
+    operands: str | None = None
 
 
-def make_inputs(case: Case, dtype: str, weights: str | None = None) -> Inputs:
+def make_inputs(
+    case: Case, dtype: str, weights: str | None = None, operands: str | None = None
+) -> Inputs:
     """Draw the arrays of a case, always the same.
 
     Weights are normal with standard deviation 1/sqrt(fan-in), tokens standard normal. A token
@@ -44,6 +53,8 @@ def make_inputs(case: Case, dtype: str, weights: str | None = None) -> Inputs:
     dtype : {"float32", "float64"}
     weights : {"float16", "bfloat16"}, optional
         Dtype of the experts' weights beside float32, if it is another.
+    operands : {"tf32", "bfloat16", "float16"}, optional
+        What the experts' products may round to.
 
     Returns
     -------
@@ -64,6 +75,17 @@ def make_inputs(case: Case, dtype: str, weights: str | None = None) -> Inputs:
         params=params,
         hidden_states=x,
         grad_output=rng.standard_normal((T, H), dtype=np.dtype(dtype).type),
+        operands=operands,
+    )
+
+
+def move_inputs(inputs: Inputs, backend: Backend) -> Inputs:
+    """Return the same on the backend's device."""
+    return dataclasses.replace(
+        inputs,
+        params=map_arrays(lambda _, x: backend.asarray(x), inputs.params),
+        hidden_states=backend.asarray(inputs.hidden_states),
+        grad_output=backend.asarray(inputs.grad_output),
     )
 
 

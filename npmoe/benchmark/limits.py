@@ -27,6 +27,19 @@ class Limits(Protocol):
     def take(self) -> tuple[Sample, Sample]:
         """Return flop/s and bytes/s of the measurements since the last call."""
 
+    def text(self) -> str:
+        """Say what is measured."""
+
+
+def best_seconds(function: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
+    """Return the least seconds of several calls."""
+    least = math.inf
+    for _ in range(times):
+        start = clock()
+        function()
+        least = min(least, clock() - start)
+    return least
+
 
 class MeasuredLimits:
     """Flop/s of a square matrix product, and bytes/s of reading a buffer too large for caches.
@@ -70,8 +83,10 @@ class MeasuredLimits:
 
     def measure(self) -> None:
         """Measure both once more."""
-        self._read.append(self._read_bytes / self._best(self._read_all, _READS))
-        self._gemm.append(2 * self._a.shape[0] ** 3 / self._best(self._multiply, _PRODUCTS))
+        read = best_seconds(self._read_all, _READS, self._clock)
+        self._read.append(self._read_bytes / read)
+        multiplied = best_seconds(self._multiply, _PRODUCTS, self._clock)
+        self._gemm.append(2 * self._a.shape[0] ** 3 / multiplied)
 
     def take(self) -> tuple[Sample, Sample]:
         """Return flop/s and bytes/s of the measurements since the last call."""
@@ -79,18 +94,16 @@ class MeasuredLimits:
         self._gemm, self._read = [], []
         return found
 
+    def text(self) -> str:
+        """Say what is measured."""
+        return (
+            f"numpy.matmul of {self._a.shape[0]} in {self._a.dtype}, best of {_PRODUCTS}; reads "
+            f"of {self._read_bytes / 1e9:.1f} GB, best of {_READS}"
+        )
+
     def close(self) -> None:
         """End the reading threads."""
         self._pool.shutdown()
-
-    def _best(self, function: Callable[[], object], times: int) -> float:
-        """Return the least seconds of several calls."""
-        least = math.inf
-        for _ in range(times):
-            start = self._clock()
-            function()
-            least = min(least, self._clock() - start)
-        return least
 
     def _multiply(self) -> None:
         np.matmul(self._a, self._b, out=self._c)

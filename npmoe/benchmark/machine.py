@@ -12,11 +12,24 @@ from npmoe._cores import usable_cores
 from npmoe._version import __version__
 
 _PACKAGES = ("numpy", "numba", "ml_dtypes", "threadpoolctl", "torch", "transformers")
+_DEVICE_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "numba-cuda", "triton", "vllm", "sglang")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFacts:
+    """The device of a run on one, and how its limits and its memory were measured."""
+
+    name: str
+    limits: str
+    memory: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Facts that figures mean nothing without; package versions are None where missing."""
+    """Facts that figures mean nothing without; package versions are None where missing.
+
+    `device` is None for backends on host arrays.
+    """
 
     processor: str
     cores: int
@@ -27,9 +40,10 @@ class Machine:
     npmoe: str
     packages: dict[str, str | None]
     thread_pools: tuple[str, ...]
+    device: DeviceFacts | None = None
 
 
-def describe_machine(threads: int) -> Machine:
+def describe_machine(threads: int, device: DeviceFacts | None = None) -> Machine:
     """Collect the facts; call it inside `limit_threads` to see the pools as they are used."""
     from threadpoolctl import threadpool_info  # noqa: PLC0415  # extra cli
 
@@ -45,8 +59,11 @@ def describe_machine(threads: int) -> Machine:
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         npmoe=__version__,
-        packages={name: _version(name) for name in _PACKAGES},
+        packages={
+            name: _version(name) for name in _PACKAGES + (_DEVICE_PACKAGES if device else ())
+        },
         thread_pools=tuple(sorted(pools)),
+        device=device,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import gc
 import re
 import tracemalloc
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from npmoe._typing import HostArray
+from npmoe.benchmark.card import Card
 from npmoe.benchmark.cases import Direction, Load
-from npmoe.benchmark.implementations import Implementation
-from npmoe.benchmark.inputs import Inputs
+from npmoe.benchmark.implementations import Implementation, plain_arrays
 from npmoe.benchmark.result import Memory, Settings
 from npmoe.errors import RangeError
 from npmoe.params import MoEParams
@@ -76,28 +74,37 @@ def available_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def measure_memory(
-    one: Implementation, direction: Direction, inputs: Inputs, routing_bytes: int
-) -> Memory:
+def measure_memory(one: Implementation, direction: Direction, routing_bytes: int) -> Memory:
     """Return peaks without the routing and, where a step makes them anew, without gradients."""
     call, beyond = one.call(direction), routing_bytes
-    if one.new_gradients and direction == "forward+backward":
-        beyond += num_bytes(inputs.params)
-    arrays = None if one.is_peer else max(0, peak_arrays(call) - beyond)
-    resident = peak_resident(call)
+    if direction == "forward+backward":
+        beyond += one.new_gradient_bytes
+    counted = not one.is_peer and one.peak is None
+    arrays = max(0, peak_arrays(call) - beyond) if counted else None
+    resident = peak_resident(call) if one.peak is None else one.peak(call)
     return Memory(arrays=arrays, resident=None if resident is None else max(0, resident - beyond))
 
 
 def num_bytes(tree: Routing | MoEParams) -> int:
     """Return the bytes of all arrays in a frozen dataclass."""
-    values = (getattr(tree, field.name) for field in dataclasses.fields(tree))
-    arrays: list[HostArray] = [v for v in values if isinstance(v, np.ndarray)]
-    return sum(array.nbytes for array in arrays)
+    return sum(int(array.nbytes) for _, array in plain_arrays(tree))
 
 
 def check_fits(settings: Settings, *, with_peers: bool) -> None:
     """Raise before anything is allocated if the largest case would not fit."""
-    available = available_memory()
+    _check_fits(settings, available_memory(), "memory", copies=1, sets=2 if with_peers else 1)
+
+
+def check_fits_card(settings: Settings, card: Card, *, num_backends: int, with_peers: bool) -> None:
+    """Raise if the largest case would not fit on the device: each has its own copy of it."""
+    sets = num_backends + with_peers
+    _check_fits(settings, card.free_bytes(), f"memory of {card.name}", copies=sets, sets=sets)
+
+
+def _check_fits(
+    settings: Settings, available: int | None, where: str, *, copies: int, sets: int
+) -> None:
+    """Raise if so many copies of the weights and sets of gradients would not fit."""
     if available is None:
         return
     for case in settings.cases:
@@ -110,14 +117,13 @@ def check_fits(settings: Settings, *, with_peers: bool) -> None:
         for direction in settings.directions:
             cost = settings.cost(case, everything, direction)
             # What is read twice stands in memory once; a peer's gradients stand beside ours.
-            weights = case.num_weights * settings.weight_itemsize
+            weights = copies * case.num_weights * settings.weight_itemsize
             if direction == "forward+backward":
-                gradients = case.num_weights * np.dtype(settings.dtype).itemsize
-                weights += gradients * (2 if with_peers else 1)
+                weights += sets * case.num_weights * np.dtype(settings.dtype).itemsize
             needed = max(needed, weights + cost.extra_bytes)
         if needed > available:
             raise RangeError(
-                f"bench: case must fit into memory, got {case.name!r}, which needs about "
+                f"bench: case must fit into {where}, got {case.name!r}, which needs about "
                 f"{needed / 1e9:.1f} GB. {available / 1e9:.1f} GB are free. Choose fewer tokens "
                 "or experts, or --direction forward."
             )

@@ -14,11 +14,39 @@ from npmoe.backends import Availability
 from npmoe.benchmark.cases import Direction
 from npmoe.benchmark.implementations import Implementation, Peer
 from npmoe.benchmark.inputs import Inputs
+from npmoe.benchmark.memory import num_bytes
 from npmoe.params import MoEGrads
 
 _MODELING = "transformers.models.mixtral.modeling_mixtral"
 # With more, one backward pass takes minutes.
 _EAGER_BACKWARD_EXPERTS = 8
+
+
+def find_transformers() -> Availability:
+    """Import torch and transformers, or say what is missing."""
+    try:
+        import_module("torch")
+        modeling = import_module(_MODELING)
+    except ImportError as error:
+        return Availability(False, f"needs torch and transformers ({error})")
+    if not hasattr(modeling, "MixtralExperts"):
+        return Availability(False, "needs transformers 5, whose experts are one tensor")
+    return Availability(True)
+
+
+def mixtral_block(inputs: Inputs, experts: str) -> Any:
+    """Return the block of a case's sizes, its parameters without memory."""
+    torch, modeling = import_module("torch"), import_module(_MODELING)
+    cfg = inputs.cfg
+    theirs = modeling.MixtralConfig(
+        hidden_size=cfg.hidden_size,
+        intermediate_size=cfg.intermediate_size,
+        num_local_experts=cfg.num_experts,
+        num_experts_per_tok=cfg.top_k,
+    )
+    theirs._experts_implementation = experts
+    with torch.device("meta"):
+        return modeling.MixtralSparseMoeBlock(theirs)
 
 
 class HuggingFaceMixtral:
@@ -35,14 +63,7 @@ class HuggingFaceMixtral:
 
     def availability(self) -> Availability:
         """Import torch and transformers, or say what is missing."""
-        try:
-            import_module("torch")
-            modeling = import_module(_MODELING)
-        except ImportError as error:
-            return Availability(False, f"needs torch and transformers ({error})")
-        if not hasattr(modeling, "MixtralExperts"):
-            return Availability(False, "needs transformers 5, whose experts are one tensor")
-        return Availability(True)
+        return find_transformers()
 
     def build(self, inputs: Inputs) -> Implementation:
         """Return the block on the case's own arrays: torch shares NumPy's memory."""
@@ -82,22 +103,13 @@ class HuggingFaceMixtral:
             forward=forward,
             step=step,
             rounding="float32",  # its router's softmax is in float32 whatever the dtype is
-            new_gradients=True,
+            new_gradient_bytes=num_bytes(inputs.params),
             not_timed=self._not_timed(inputs),
         )
 
     def _block(self, inputs: Inputs) -> Any:
-        torch, modeling = import_module("torch"), import_module(_MODELING)
-        cfg, params = inputs.cfg, inputs.params
-        theirs = modeling.MixtralConfig(
-            hidden_size=cfg.hidden_size,
-            intermediate_size=cfg.intermediate_size,
-            num_local_experts=cfg.num_experts,
-            num_experts_per_tok=cfg.top_k,
-        )
-        theirs._experts_implementation = self._experts
-        with torch.device("meta"):
-            block = modeling.MixtralSparseMoeBlock(theirs)
+        torch, params = import_module("torch"), inputs.params
+        block = mixtral_block(inputs, self._experts)
         for owner, name, array in (
             (block.gate, "weight", params.router_weight),
             (block.experts, "gate_up_proj", params.gate_up_proj),

@@ -68,7 +68,8 @@ def plot_roofline(result: BenchmarkResult, path: str | Path) -> None:
     for axis in (panel.xaxis, panel.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(lambda *_: "")
-    _name_limits(panel, flops, read, high)
+    moved = "reads" if result.machine.device is None else "copies"
+    _name_limits(panel, flops, read, high, moved)
     colours = _colours_of(result)
     directions = list(dict.fromkeys(found.direction for found in result.cases))
     for found in result.cases:
@@ -81,12 +82,13 @@ def plot_roofline(result: BenchmarkResult, path: str | Path) -> None:
         ceiling = min(flops, read * 10**x)
         panel.plot([10**x] * 2, [10**bottom, ceiling], color="0.85", lw=0.8, zorder=1)
     _draw_legend(panel, colours, directions)
-    threads = result.machine.threads
-    panel.set_title(
-        f"MoE layers under the limits of {result.machine.processor}\n"
-        f"{threads} thread{'s' if threads > 1 else ''}, {result.settings.dtype_text}",
-        fontsize=11,
-    )
+    device, threads = result.machine.device, result.machine.threads
+    if device is None:
+        where = result.machine.processor
+        what = f"{threads} thread{'s' if threads > 1 else ''}, {result.settings.dtype_text}"
+    else:
+        where, what = device.name, result.settings.dtype_text
+    panel.set_title(f"MoE layers under the limits of {where}\n{what}", fontsize=11)
     panel.set(xlabel="flops per byte of used expert weights", ylabel="GFLOP/s")
     panel.grid(alpha=0.25, which="major")
     save_figure(figure, path)
@@ -146,13 +148,13 @@ def _draw_column(panel: Any, found: CaseTimings, middle: float, colours: dict[st
     panel.plot(ends, [limit, limit], color="black", lw=2.4, zorder=3, solid_capstyle="butt")
 
 
-def _name_limits(panel: Any, flops: float, read: float, high: float) -> None:
+def _name_limits(panel: Any, flops: float, read: float, high: float, what: str) -> None:
     """Write the two rates along their lines."""
     words = {"fontsize": 9, "va": "bottom", "ha": "right"}
     panel.text(10 ** (high - 0.03), flops * 1.2, f"matrix products: {flops:.0f} GFLOP/s", **words)
     x = 0.8 * flops / read
     # The direction of the line where it stands, in units of the axes.
-    panel.text(x, 1.12 * read * x, f"reads: {read:.1f} GB/s",
+    panel.text(x, 1.12 * read * x, f"{what}: {read:.1f} GB/s",
                rotation=math.degrees(math.atan2(read, 1.0)), rotation_mode="anchor",
                transform_rotates_text=True, **words)  # fmt: skip
 

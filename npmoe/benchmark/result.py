@@ -165,6 +165,9 @@ class Settings:
     budget : float
         Seconds for one case and direction; no round begins later, after the second one.
     threads : int
+    precision : str or None
+        The backends' option of that name, if they have one: "float32", or what they round to
+        where the experts' products begin.
     """
 
     cases: tuple[Case, ...]
@@ -174,12 +177,19 @@ class Settings:
     rounds: int
     budget: float
     threads: int
+    precision: str | None = None
+
+    @property
+    def operands(self) -> str | None:
+        """What the experts' products may round to, if not to `dtype`."""
+        return None if self.precision == "float32" else self.precision
 
     @property
     def dtype_text(self) -> str:
         """Name the dtypes for people."""
         half = f", expert weights {self.weights}" if self.weights != self.dtype else ""
-        return self.dtype + half
+        products = f", products in {self.operands}" if self.operands is not None else ""
+        return self.dtype + half + products
 
     @property
     def weight_itemsize(self) -> int:

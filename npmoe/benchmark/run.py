@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,12 +15,20 @@ from npmoe.benchmark.agreement import (
     fingerprint_gradients,
     fingerprint_output,
 )
+from npmoe.benchmark.card import Card, card_of
+from npmoe.benchmark.card_limits import CardLimits
 from npmoe.benchmark.cases import Case, Direction, Load
-from npmoe.benchmark.implementations import GradientArrays, Implementation, Peer, build_backend
+from npmoe.benchmark.implementations import (
+    GradientArrays,
+    Implementation,
+    Peer,
+    build_backend,
+    plain_arrays,
+)
 from npmoe.benchmark.inputs import Inputs, make_inputs
 from npmoe.benchmark.limits import Limits, MeasuredLimits
-from npmoe.benchmark.machine import busy_elsewhere, describe_machine
-from npmoe.benchmark.memory import check_fits, measure_memory, num_bytes
+from npmoe.benchmark.machine import DeviceFacts, busy_elsewhere, describe_machine
+from npmoe.benchmark.memory import check_fits, check_fits_card, measure_memory, num_bytes
 from npmoe.benchmark.result import (
     Agreement,
     BenchmarkResult,
@@ -31,7 +40,7 @@ from npmoe.benchmark.result import (
 )
 from npmoe.benchmark.rounds import time_in_turn
 from npmoe.benchmark.threads import limit_threads
-from npmoe.errors import NpmoeError
+from npmoe.errors import NpmoeError, RangeError
 from npmoe.testing import check_backend
 from npmoe.testing.conformance.report import Report
 
@@ -58,13 +67,13 @@ def run_benchmark(
     ----------
     settings : Settings
     backends : sequence of Backend
-        On host arrays.
+        All on host arrays, or all on a device, which is then what is measured.
     peers : sequence of Peer
         Those that cannot run here are omitted.
     asked_peers : frozenset of str
         Names whose omission makes the run incomplete.
     limits : Limits, optional
-        `MeasuredLimits` with its defaults if omitted.
+        `MeasuredLimits`, or `CardLimits` for a device, with its defaults if omitted.
     clock : callable
         Seconds now.
     on_event : callable
@@ -79,18 +88,30 @@ def run_benchmark(
     Raises
     ------
     RangeError
-        If a case does not fit into memory.
+        If a case does not fit into memory, or products do not round as `settings` say.
+    UnsupportedError
+        If some backends work on host arrays and others do not.
     BackendUnavailableError
         If threadpoolctl is not installed.
     """
+    card = card_of(backends)
+    _check_operands(settings, backends)
     check_fits(settings, with_peers=bool(peers))
+    if card is not None:
+        check_fits_card(settings, card, num_backends=len(backends), with_peers=bool(peers))
     able = {peer.name: peer.availability() for peer in peers}  # loads torch, so before the limit
     with limit_threads(settings.threads), contextlib.ExitStack() as stack:
+        device = None
         if limits is None:
             progress("limits", 0.0)
-            measured = MeasuredLimits(settings.dtype, settings.threads, clock=clock)
-            limits = stack.enter_context(contextlib.closing(measured))
-        run = _Run(settings, limits, clock, on_event, progress, asked_peers, len(backends))
+            if card is None:
+                measured = MeasuredLimits(settings.dtype, settings.threads, clock=clock)
+                limits = stack.enter_context(contextlib.closing(measured))
+            else:
+                limits = CardLimits(card, settings.dtype, settings.operands, clock=clock)
+        if card is not None:
+            device = DeviceFacts(name=card.name, limits=limits.text(), memory=card.memory_text)
+        run = _Run(settings, card, limits, clock, on_event, progress, asked_peers, len(backends))
         for name, availability in able.items():
             if not availability.ok:
                 run.omit(name, availability.reason, asked=name in asked_peers)
@@ -98,7 +119,7 @@ def run_benchmark(
         green = [backend for backend in backends if run.is_green(backend)]
         for case in settings.cases:
             run.time_case(case, green, usable)
-        machine = describe_machine(settings.threads)
+        machine = describe_machine(settings.threads, device)
     return BenchmarkResult(
         machine=machine,
         settings=settings,
@@ -108,12 +129,24 @@ def run_benchmark(
     )
 
 
+def _check_operands(settings: Settings, backends: Sequence[Backend]) -> None:
+    """Raise unless all backends round operands as the settings, peers and limits do."""
+    for backend in backends:
+        if backend.operands != settings.operands:
+            raise RangeError(
+                f"run_benchmark: settings.precision must be what products round to, got "
+                f"{settings.precision} with backend {backend.name!r}, whose products round to "
+                f"{backend.operands}. Limits, peers and the bound of agreement follow it."
+            )
+
+
 class _Run:
     """What a run has found so far."""
 
     def __init__(
         self,
         settings: Settings,
+        card: Card | None,
         limits: Limits,
         clock: Callable[[], float],
         on_event: Callable[[Event], None],
@@ -121,7 +154,7 @@ class _Run:
         asked_peers: frozenset[str],
         num_backends: int,
     ) -> None:
-        self.settings, self.limits, self.clock = settings, limits, clock
+        self.settings, self.card, self.limits, self.clock = settings, card, limits, clock
         self.on_event, self.progress, self.asked_peers = on_event, progress, asked_peers
         self.checked: dict[str, bool] = {}
         self.cases: list[CaseTimings] = []
@@ -153,22 +186,28 @@ class _Run:
     def time_case(self, case: Case, backends: Sequence[Backend], peers: Sequence[Peer]) -> None:
         """Time everything on one case."""
         self._step(f"{case.name}: inputs")
-        inputs = make_inputs(case, self.settings.dtype, self.settings.weights)
-        gradients = GradientArrays()
+        chosen = self.settings
+        inputs = make_inputs(case, chosen.dtype, chosen.weights, chosen.operands)
         numpy_backend = get_backend("numpy")
-        reference = build_backend(numpy_backend, inputs, gradients)
+        gradients = [GradientArrays()]
+        reference = build_backend(numpy_backend, inputs, gradients[0])
         logits = numpy_backend.linear(inputs.hidden_states, inputs.params.router_weight)
         routing = numpy_backend.route(logits, inputs.cfg)
         plan = numpy_backend.plan_dispatch(routing.topk_ids, num_experts=case.num_experts)
         load, routing_bytes = Load.of(plan), num_bytes(routing)
-        found = [build_backend(backend, inputs, gradients) for backend in backends]
+        found = []
+        for backend in backends:
+            if self.card is not None:  # arrays of one are nothing to another
+                gradients.append(GradientArrays())
+            found.append(build_backend(backend, inputs, gradients[-1], self.card))
         found += [peer.build(inputs) for peer in peers]
         for direction in self.settings.directions:
             self._step(f"{case.name} {direction}: checks")
             expected = _fingerprint(reference, direction)
             agreements = {}
             for one in found:
-                gradients.poison()
+                for arrays in gradients:
+                    arrays.poison()
                 agreement = self._agreement(one, expected, case, load, direction)
                 if agreement is not None:
                     agreements[one.name] = agreement
@@ -194,11 +233,12 @@ class _Run:
                 one.name, one.not_timed[direction], asked=asked, case=case.name, direction=direction
             )
             return None
-        bound = agreement_bound(case, load, direction, one.rounding)
+        bound = agreement_bound(case, load, direction, one.rounding, one.operands)
         try:
             agreement = compare(_fingerprint(one, direction), expected, bound)
-        except NpmoeError as error:  # legal, but not for this backend
-            self.omit(one.name, str(error), asked=True, case=case.name, direction=direction)
+        except NpmoeError as error:  # legal, but not for this implementation
+            asked = not one.is_peer or one.name in self.asked_peers
+            self.omit(one.name, str(error), asked=asked, case=case.name, direction=direction)
             return None
         if not agreement.ok:
             reason = (
@@ -240,7 +280,7 @@ class _Run:
         timings = []
         for one in able:
             sample = samples[one.name]
-            memory = measure_memory(one, direction, inputs, routing_bytes)
+            memory = measure_memory(one, direction, routing_bytes)
             timings.append(
                 Timing(
                     name=one.name,
@@ -301,5 +341,7 @@ def _other_load(busy_before: float | None, seconds: float) -> float | None:
 
 def _fingerprint(one: Implementation, direction: Direction) -> Fingerprint:
     if direction == "forward":
-        return fingerprint_output(one.forward())
-    return fingerprint_gradients(one.step())
+        return fingerprint_output(one.to_host(one.forward()))
+    grads = one.step()
+    host = {name: one.to_host(array) for name, array in plain_arrays(grads)}
+    return fingerprint_gradients(dataclasses.replace(grads, **host))

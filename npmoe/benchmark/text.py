@@ -26,8 +26,27 @@ LEGEND = (
 )
 
 
+def legend_text(machine: Machine) -> str:
+    """Say what the columns mean."""
+    if machine.device is None:
+        return LEGEND
+    return (
+        "of limit: floor / median. x best peer: how many times as fast as the fastest peer.\n"
+        f"limits: {machine.device.limits}.\n"
+        "extra MB: not told apart on a device. resident: peak on the device beyond inputs, "
+        "parameters, their\ngradients and the routing, of one call; of backends: "
+        f"{machine.device.memory}. count: that of README.md's formula."
+    )
+
+
 def machine_text(machine: Machine) -> str:
-    """Return the machine in two lines."""
+    """Return the machine in two lines, after one for its device if that was measured."""
+    if machine.device is not None:
+        return f"{machine.device.name}\n{_host_text(machine)}"
+    return _host_text(machine)
+
+
+def _host_text(machine: Machine) -> str:
     packages = ", ".join(f"{n} {v}" for n, v in machine.packages.items() if v is not None)
     return (
         f"{machine.processor}, {machine.usable_cores} of {machine.cores} cores usable, "
@@ -44,7 +63,8 @@ def table_text(found: CaseTimings, settings: Settings) -> str:
         f"{case.name}, {found.direction}: T={T} H={H} I={I} E={E} K={K}, {settings.dtype_text}; "
         f"{load.used_experts} of {E} experts used, at most {load.largest} rows each",
         f"  limits {found.flops_per_second.median / 1e9:.1f} GFLOP/s and "
-        f"{found.bytes_per_second.median / 1e9:.1f} GB/s: floor {_ms(found.floor_seconds)} ms, "
+        f"{found.bytes_per_second.median / 1e9:.1f} GB/s: floor "
+        f"{milliseconds(found.floor_seconds)} ms, "
         f"set by {'memory' if found.bound_by_memory else 'arithmetic'}; "
         f"{found.num_rounds} round{'s' if found.num_rounds > 1 else ''}",
     ]
@@ -54,13 +74,19 @@ def table_text(found: CaseTimings, settings: Settings) -> str:
         )
     ordered = sorted(found.timings, key=lambda timing: timing.seconds.median)
     count = _mb(found.cost.extra_bytes)
-    rows = [_HEADER, *((*_row(timing), count) for timing in ordered)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+    lines += align([_HEADER, *((*_row(timing), count) for timing in ordered)])
+    return "\n".join(lines)
+
+
+def align(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return lines of columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  " + "  ".join(cells))
-    return "\n".join(lines)
+    return lines
 
 
 def omission_text(omission: Omission) -> str:
@@ -94,8 +120,8 @@ def _row(timing: Timing) -> tuple[str, ...]:
     ratio = timing.ratio_to_best_peer
     return (
         timing.name,
-        _ms(seconds.median),
-        f"{_ms(seconds.lower_quartile)} - {_ms(seconds.upper_quartile)}",
+        milliseconds(seconds.median),
+        f"{milliseconds(seconds.lower_quartile)} - {milliseconds(seconds.upper_quartile)}",
         f"{timing.share_of_limit:.2f}",
         "-" if ratio is None else f"{ratio:.2f}",
         _mb(memory.arrays),
@@ -103,7 +129,8 @@ def _row(timing: Timing) -> tuple[str, ...]:
     )
 
 
-def _ms(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
+    """Return a time with as many digits as mean something."""
     return f"{seconds * 1e3:.3f}" if seconds < 0.01 else f"{seconds * 1e3:.1f}"
 
 

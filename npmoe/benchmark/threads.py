@@ -51,9 +51,22 @@ def limit_threads(threads: int) -> Iterator[None]:
                 torch.set_num_threads(before)
 
 
-def backend_with_threads(name: str, threads: int) -> Backend:
-    """Return a backend that uses `threads` threads, if its class has such an option."""
+def backend_with_threads(name: str, threads: int, precision: str | None = None) -> Backend:
+    """Return a backend that uses `threads` threads, if its class has such an option.
+
+    Raises
+    ------
+    RangeError
+        If a precision is given, and the class has no option for it.
+    """
     backend = get_backend(name)
-    if "num_threads" in inspect.signature(type(backend)).parameters:
-        return get_backend(name, num_threads=threads)
-    return backend
+    known = inspect.signature(type(backend)).parameters
+    options: dict[str, object] = {"num_threads": threads} if "num_threads" in known else {}
+    if precision is not None:
+        if "precision" not in known:
+            raise RangeError(
+                f"bench: --precision must come with backends that have this option, got "
+                f"{precision!r} for {name!r}. Leave one of them out."
+            )
+        options["precision"] = precision
+    return get_backend(name, **options) if options else backend

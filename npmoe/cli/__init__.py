@@ -1,4 +1,4 @@
-"""The command ``npmoe``: train, generate, check, bench, explain, conventions, gradcheck, info."""
+"""The command ``npmoe``: train, generate, report, check, bench, explain and others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 
 from npmoe import __version__
-from npmoe.cli import bench, check, conventions, explain, generate, gradcheck, info, train
+from npmoe.cli import bench, check, conventions, explain, generate, gradcheck, info, report, train
 from npmoe.errors import NpmoeError
 
 _COMMANDS = {
     "train": train,
     "generate": generate,
+    "report": report,
     "check": check,
     "bench": bench,
     "explain": explain,

@@ -14,19 +14,26 @@ from npmoe import benchmark
 from npmoe._cores import usable_cores
 from npmoe._half import HALF_DTYPES, named_dtype
 from npmoe.backends import Backend, available_backends, get_backend
+from npmoe.benchmark.card import card_of
 from npmoe.benchmark.implementations import Peer
-from npmoe.benchmark.text import LEGEND
+from npmoe.benchmark.modelled_text import LEGEND as MODELLED_LEGEND
 from npmoe.benchmark.threads import backend_with_threads, check_threads
 from npmoe.cli._common import check_json, write_json
-from npmoe.errors import BackendUnavailableError, DataError, RangeError, UnsupportedError
+from npmoe.errors import BackendUnavailableError, DataError, RangeError
 
 HELP = "time backends and peers beside the machine's limits"
 DESCRIPTION = (
     "Time MoE layers on all usable backends and, where they are installed, on Hugging Face "
     "transformers with CPU torch, in turn in one run, beside the measured rates of matrix "
     "products and of reads from memory. A backend whose quick conformance run is red, or whose "
-    "results differ from NumPy's, is not timed."
+    "results differ from NumPy's, is not timed. Backends on a device are measured there, beside "
+    "its own limits and peers on CUDA; hosts and devices are not mixed in one run."
 )
+_INSTALL_PEERS = "Run: pip install 'npmoe[parity]'"
+_REMEDIES = {
+    "torch-grouped_mm": "It needs a CUDA build of torch 2.10 or later, and transformers 5.",
+    "triton-fused_moe": "It needs a CUDA build of torch, and vllm or sglang.",
+}
 _NOT_BY_DEFAULT = ("loopback",)  # a test of the plumbing
 
 
@@ -43,11 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--direction", choices=[*benchmark.DIRECTIONS, "both"], default="both", help="(both)"
     )
     parser.add_argument(
-        "--backends", metavar="A,B", help="names (all that run here on host arrays)"
+        *("--backends", "--backend"),
+        metavar="A,B",
+        help="names: on host arrays, or on one device (all that run here on host arrays)",
     )
-    names = ", ".join(peer.name for peer in benchmark.PEERS)
+    names, beside = (
+        ", ".join(peer.name for peer in peers) for peers in (benchmark.PEERS, benchmark.CARD_PEERS)
+    )
     parser.add_argument(
-        "--peers", metavar="A,B", help=f"of {names}, or none (all that are installed)"
+        "--peers",
+        metavar="A,B",
+        help=f"of {names}, on a device of {beside}, or none (all that are installed)",
+    )
+    parser.add_argument(
+        "--precision", metavar="NAME", help="option of backends that have it (cupy: float32)"
     )
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"))
     parser.add_argument(
@@ -60,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of every implementation (usable cores)"
     )
+    parser.add_argument(
+        "--modelled",
+        nargs="*",
+        metavar="CARD",
+        help="time nothing; print what cases would take at the least on cards that are not here, "
+        f"MODELLED from data sheets and compiled kernels (all of: "
+        f"{', '.join(benchmark.CARD_SHEETS)})",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all samples to FILE")
     parser.add_argument("--plot", metavar="FILE", help="also draw the roofline picture, a PNG")
 
@@ -69,9 +93,13 @@ def run(options: argparse.Namespace) -> int:
     check_json(options.json)
     _check_plot(options.plot)
     settings = _settings(options)
+    if options.modelled is not None:
+        return _run_modelled(options, settings)
     _require_packages(with_picture=options.plot is not None)
-    backends = _backends(options.backends, settings.threads)
-    peers, named = _peers(options.peers)
+    backends = _backends(options.backends, settings.threads, options.precision)
+    on_host = card_of(backends) is None
+    known = benchmark.PEERS if on_host else benchmark.CARD_PEERS
+    peers, named = _peers(options.peers, known)
     with closing(_Bar()) as bar:
 
         def show(event: benchmark.CaseTimings | benchmark.Omission) -> None:
@@ -83,12 +111,43 @@ def run(options: argparse.Namespace) -> int:
         result = benchmark.run_benchmark(
             settings, backends, peers, asked_peers=named, on_event=show, progress=bar.update
         )
-    print(f"\n{LEGEND}\n\n{benchmark.machine_text(result.machine)}")
+    legend = benchmark.legend_text(result.machine)
+    print(f"\n{legend}\n\n{benchmark.machine_text(result.machine)}")
     write_json(options.json, result.to_dict())
     if options.plot is not None and result.cases:
         benchmark.plot_roofline(result, options.plot)
     print(benchmark.last_line(result))
     return 0 if result.complete else 1
+
+
+def _run_modelled(options: argparse.Namespace, settings: benchmark.Settings) -> int:
+    """Print modelled bounds, a table per case and direction."""
+    for name in ("backends", "peers", "plot"):
+        if getattr(options, name) is not None:
+            raise RangeError(
+                f"bench: --{name} must not come with --modelled, got {getattr(options, name)!r}. "
+                "Nothing is timed then."
+            )
+    if settings.dtype != "float32":
+        raise RangeError(
+            f"bench: --dtype must be float32 with --modelled, got {settings.dtype}. Figures of "
+            "other kernels are not kept."
+        )
+    names = options.modelled or list(benchmark.CARD_SHEETS)
+    sheets = [benchmark.find_sheet(name) for name in names]
+    precision = settings.precision or "float32"
+    found = []
+    for case in settings.cases:
+        for direction in settings.directions:
+            row = [
+                benchmark.model_case(case, direction, sheet, precision, settings.weights)
+                for sheet in sheets
+            ]
+            print(f"{benchmark.modelled_table(row)}\n")
+            found += row
+    print(MODELLED_LEGEND)
+    write_json(options.json, benchmark.modelled_json(found))
+    return 0
 
 
 def _settings(options: argparse.Namespace) -> benchmark.Settings:
@@ -113,36 +172,30 @@ def _settings(options: argparse.Namespace) -> benchmark.Settings:
         rounds=options.rounds,
         budget=options.budget,
         threads=check_threads(usable_cores() if options.threads is None else options.threads),
+        precision=options.precision,
     )
 
 
-def _backends(names: str | None, threads: int) -> list[Backend]:
+def _backends(names: str | None, threads: int, precision: str | None = None) -> list[Backend]:
     """Return the backends that were named, or all that run here on host arrays."""
     if names is None:
-        usable = [
+        chosen = [
             name
             for name, found in available_backends().items()
             if found.ok and name not in _NOT_BY_DEFAULT and get_backend(name).host_arrays
         ]
-        return [backend_with_threads(name, threads) for name in usable]
-    backends = []
-    for name in _split("backends", names):
-        if not get_backend(name).host_arrays:
-            raise UnsupportedError(
-                f"bench: backend must work on host arrays, got {name!r}. Peers and limits are "
-                "those of the CPU."
-            )
-        backends.append(backend_with_threads(name, threads))
-    return backends
+    else:
+        chosen = _split("backends", names)
+    return [backend_with_threads(name, threads, precision) for name in chosen]
 
 
-def _peers(names: str | None) -> tuple[Sequence[Peer], frozenset[str]]:
+def _peers(names: str | None, peers: Sequence[Peer]) -> tuple[Sequence[Peer], frozenset[str]]:
     """Return peers, and the names of those that the user asked for."""
     if names is None:
-        return benchmark.PEERS, frozenset()
+        return peers, frozenset()
     if names == "none":
         return (), frozenset()
-    known = {peer.name: peer for peer in benchmark.PEERS}
+    known = {peer.name: peer for peer in peers}
     found = []
     for name in _split("peers", names):
         if name not in known:
@@ -154,7 +207,7 @@ def _peers(names: str | None) -> tuple[Sequence[Peer], frozenset[str]]:
         if not availability.ok:
             raise BackendUnavailableError(
                 f"bench: peer {name!r} cannot run here: {availability.reason}. "
-                "Run: pip install 'npmoe[parity]'"
+                f"{_REMEDIES.get(name, _INSTALL_PEERS)}"
             )
         found.append(known[name])
     return found, frozenset(peer.name for peer in found)

@@ -8,8 +8,8 @@ import sys
 
 from npmoe.cli._common import check_json, print_table, write_json
 from npmoe.layer_gradcheck import gradcheck_layer, gradcheck_layers
+from npmoe.models import host_backend
 from npmoe.models.gradcheck import gradcheck_model, gradcheck_models
-from npmoe.models.language import host_backend
 
 HELP = "check every hand-written gradient against finite differences"
 DESCRIPTION = (

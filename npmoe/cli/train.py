@@ -1,4 +1,4 @@
-"""``npmoe train``: train a character model and leave everything about it in a run folder."""
+"""``npmoe train``: train a model and leave everything about it in a run folder."""
 
 from __future__ import annotations
 
@@ -14,45 +14,43 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from npmoe import plots
 from npmoe.backends import Backend
+from npmoe.cli import _train_text, _train_vision
 from npmoe.cli._common import check_json, print_table, write_json
 from npmoe.errors import BackendUnavailableError, CheckpointError, RangeError
-from npmoe.models import generate, host_backend
+from npmoe.models import host_backend
 from npmoe.training import (
-    CharVocabulary,
+    ImageData,
     Progress,
     RunFolder,
     TrainConfig,
     TrainResult,
-    python_topics_text,
+    VisionTrainConfig,
+    prepare_data,
     read_config,
-    read_log,
-    read_text,
-    split_text,
     train,
 )
-from npmoe.training.recipe import DEFAULT_STEPS, language_recipe, steps_for_seconds, with_steps
+from npmoe.training.recipe import steps_for_seconds, with_options, with_steps
 from npmoe.training.workers import default_workers
 
-HELP = "train a character model"
+HELP = "train a character model or an image classifier"
 DESCRIPTION = (
-    "Train a character-level language model with Mixture-of-Experts blocks. Without arguments: "
-    "on the language documentation that comes with Python, within three minutes on two cores."
+    "Train a transformer with Mixture-of-Experts blocks. Without arguments: a character model on "
+    "the language documentation that comes with Python, within three minutes on two cores. With "
+    "--task vision: a classifier of the handwritten digits that come with npmoe, within two."
 )
-TOPICS = "pydoc_data.topics"
-_PROMPT = "The "
-_TEMPERATURE = 0.6
+_TASKS = {"text": _train_text, "vision": _train_vision}
 _MODEL_OPTIONS = {
     "experts": "num_experts",
     "top_k": "top_k",
     "capacity_factor": "capacity_factor",
     "hidden_size": "hidden_size",
     "layers": "num_layers",
-    "context_length": "context_length",
     "batch_size": "batch_size",
     "learning_rate": "learning_rate",
 }
+# Arguments of `with_options`, under the same names.
+_ROUTER_OPTIONS = ("balance", "router_noise", "router_lr_factor", "freeze")
 _LEAST = {
     "steps": 1,
     "seed": 0,
@@ -62,17 +60,23 @@ _LEAST = {
     "hidden_size": 2,
     "layers": 1,
     "context_length": 1,
+    "patch_size": 1,
     "batch_size": 1,
 }
+_POSITIVE = ("seconds", "learning_rate")
+_NOT_NEGATIVE = ("router_noise", "router_lr_factor")
+
+Config = TrainConfig | VisionTrainConfig
+Data = str | ImageData
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (Python's documentation)")
+    parser.add_argument("--task", choices=list(_TASKS), help="what is learnt (text)")
     parser.add_argument("--out", metavar="DIR", help="run folder (the next free runs/N)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, metavar="N", help=f"steps ({DEFAULT_STEPS})")
+    length.add_argument("--steps", type=int, metavar="N", help="steps (1200)")
     length.add_argument("--seconds", type=float, metavar="S", help="budget of time, instead")
     parser.add_argument("--seed", type=int, metavar="N", help="of everything random (0)")
     parser.add_argument("--backend", help="backend of the MoE layers (numpy)")
@@ -87,9 +91,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--capacity-factor", metavar="F", help="for example 1.25 (dropless)")
     model.add_argument("--hidden-size", type=int, metavar="H", help="(64)")
     model.add_argument("--layers", type=int, metavar="N", help="(4)")
-    model.add_argument("--context-length", type=int, metavar="L", help="(128)")
     model.add_argument("--batch-size", type=int, metavar="B", help="sequences per step (8)")
     model.add_argument("--learning-rate", type=float, metavar="R", help="(0.004)")
+    router = parser.add_argument_group("router")
+    router.add_argument(
+        "--balance",
+        choices=["loss", "bias", "none"],
+        help="auxiliary losses, or a selection bias moved after every step, or neither (loss)",
+    )
+    router.add_argument(
+        "--router-noise", type=float, metavar="S", help="fading out over half of the run (0)"
+    )
+    router.add_argument(
+        "--router-lr-factor", type=float, metavar="F", help="of the learning rate (1)"
+    )
+    router.add_argument(
+        "--freeze", choices=["experts", "router"], help="leave these parameters as they begin"
+    )
+    for task in _TASKS.values():
+        task.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -101,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     _require_packages()
     backend = host_backend("train", options.backend)
     workers = default_workers() if options.workers is None else options.workers
-    folder, config, text = _resume(options) if options.resume else _start(options, workers, backend)
+    folder, config, data = _resume(options) if options.resume else _start(options, workers, backend)
     _print_plan(config, folder, workers)
     with (
         _ctrl_c() as interrupted,
@@ -112,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
         warnings.simplefilter("ignore", RuntimeWarning)
         result = train(
             config,
-            text,
+            data,
             folder,
             workers=workers,
             backend=backend,
@@ -126,9 +146,9 @@ def run(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    _draw(config, folder, result)
+    _draw(config, folder, result, data)
     summary = _summary(config, result, time.perf_counter() - begin)
-    _print_summary(summary, folder)
+    _print_summary(config, summary, folder)
     _print_sample(config, result, backend)
     write_json(options.json, summary)
     return 0
@@ -136,42 +156,48 @@ def run(options: argparse.Namespace) -> int:
 
 def _start(
     options: argparse.Namespace, workers: int, backend: Backend
-) -> tuple[RunFolder, TrainConfig, str]:
-    if options.text is None:
-        text, source = python_topics_text(), TOPICS
-    else:
-        text, source = read_text(options.text), str(Path(options.text).resolve())
+) -> tuple[RunFolder, Config, Data]:
+    task = _TASKS[options.task or "text"]
     given = {
         field: getattr(options, name)
-        for name, field in _MODEL_OPTIONS.items()
+        for name, field in {**_MODEL_OPTIONS, **task.OPTIONS}.items()
         if getattr(options, name) is not None
     }
-    if options.dense and "capacity_factor" in given:
-        raise RangeError(
-            "train: --capacity-factor must not be given with --dense, got both. "
-            "A dense model drops nothing."
-        )
-    config = language_recipe(
-        text,
+    meaning = {
+        "capacity_factor": "drops nothing",
+        **dict.fromkeys(_ROUTER_OPTIONS, "routes nothing"),
+    }
+    for name, nothing in meaning.items():
+        if options.dense and getattr(options, name) is not None:
+            raise RangeError(
+                f"train: {_flag(name)} must not be given with --dense, got both. "
+                f"A dense model {nothing}."
+            )
+    data, source = task.load(options, None)
+    steps = task.STEPS if options.steps is None else options.steps
+    config: Config = task.recipe(
+        data,
         source,
-        steps=DEFAULT_STEPS if options.steps is None else options.steps,
+        steps=steps,
         seed=options.seed or 0,
         dense=options.dense,
         **given,
     )
-    ids = CharVocabulary(config.characters).encode(text)
-    split_text(ids, config.model.context_length)  # too short a text leaves no folder behind
+    router = {n: getattr(options, n) for n in _ROUTER_OPTIONS if getattr(options, n) is not None}
+    config = with_options(config, **router)
+    prepare_data(config, data)  # too short a text leaves no folder behind
     folder = RunFolder.create(_next_folder() if options.out is None else options.out)
     if options.seconds is not None:
-        steps = steps_for_seconds(config, text, options.seconds, workers=workers, backend=backend)
+        steps = steps_for_seconds(config, data, options.seconds, workers=workers, backend=backend)
         config = with_steps(config, steps)
-    return folder, config, text
+    return folder, config, data
 
 
-def _resume(options: argparse.Namespace) -> tuple[RunFolder, TrainConfig, str]:
+def _resume(options: argparse.Namespace) -> tuple[RunFolder, Config, Data]:
     if options.out is None:
         raise CheckpointError("train: --out must name the run with --resume, got none.")
-    fixed = [*_MODEL_OPTIONS, "steps", "seconds", "seed"]
+    fixed = [*_MODEL_OPTIONS, *_ROUTER_OPTIONS, "steps", "seconds", "seed"]
+    fixed += [name for task in _TASKS.values() for name in task.OPTIONS]
     changed = [name for name in fixed if getattr(options, name) is not None]
     if options.dense:
         changed.append("dense")
@@ -182,8 +208,14 @@ def _resume(options: argparse.Namespace) -> tuple[RunFolder, TrainConfig, str]:
         )
     folder = RunFolder.open(options.out)
     config = read_config(folder)
-    source = options.text or config.text_source
-    return folder, config, python_topics_text() if source == TOPICS else read_text(source)
+    if options.task not in (None, config.task):
+        raise CheckpointError(
+            f"train: --task must be that of the run in {folder.path}, {config.task}, got "
+            f"{options.task}. Leave it out, or start a new run."
+        )
+    task = _TASKS[config.task]
+    _check_foreign(options, config.task)
+    return folder, config, task.load(options, config)[0]
 
 
 def _next_folder() -> Path:
@@ -200,10 +232,26 @@ def _check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise RangeError(f"train: {_flag(name)} must be at least {least}, got {value}.")
-    for name in ("seconds", "learning_rate"):
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise RangeError(f"train: {_flag(name)} must be positive and finite, got {value}.")
+        if value is None or 0 < value < float("inf") or (value == 0 and name in _NOT_NEGATIVE):
+            continue
+        kind = "finite and not negative" if name in _NOT_NEGATIVE else "positive and finite"
+        raise RangeError(f"train: {_flag(name)} must be {kind}, got {value}.")
+    if not options.resume:
+        _check_foreign(options, options.task or "text")
+
+
+def _check_foreign(options: argparse.Namespace, task: str) -> None:
+    """Raise for options of the other task."""
+    for other, module in _TASKS.items():
+        for name in (*module.OPTIONS, *module.SOURCES):
+            value = getattr(options, name)
+            if other != task and value is not None:
+                raise RangeError(
+                    f"train: {_flag(name)} must not be given with --task {task}, got {value}. "
+                    f"It belongs to --task {other}."
+                )
 
 
 def _flag(name: str) -> str:
@@ -284,25 +332,25 @@ class _Bar:
             self.bar.close()
 
 
-def _print_plan(config: TrainConfig, folder: RunFolder, workers: int) -> None:
-    model = config.model
+def _print_plan(config: Config, folder: RunFolder, workers: int) -> None:
+    model, task = config.model, _TASKS[config.task]
     moe = model.moe
-    kind = "dense blocks" if moe is None else f"{moe.num_experts} experts, top-{moe.top_k}"
+    kind = "dense blocks"
+    if moe is not None:
+        how = f"top-{moe.top_k}" if moe.routing == "token_choice" else moe.routing.replace("_", " ")
+        kind = f"{moe.num_experts} experts, {how}"
     print(
-        f"Training on {config.text_source}: {model.num_layers} layers of {model.hidden_size}, "
-        f"{kind}, {config.steps} steps of {config.tokens_per_step:,} characters, "
+        f"Training on {task.source_of(config)}: {model.num_layers} layers of {model.hidden_size}, "
+        f"{kind}, {config.steps} steps of {config.tokens_per_step:,} {task.TOKENS}, "
         f"{workers} process{'es' if workers > 1 else ''}; run folder {folder.path}"
     )
 
 
-def _draw(config: TrainConfig, folder: RunFolder, result: TrainResult) -> None:
-    records = read_log(folder.log)
-    plots.plot_curves(records, folder.curves)
-    if config.model.moe is not None and result.evaluation is not None:
-        plots.plot_experts(records, result.evaluation.served, config.characters, folder.experts)
+def _draw(config: Config, folder: RunFolder, result: TrainResult, data: Data) -> None:
+    _TASKS[config.task].draw(config, folder, result, data)
 
 
-def _summary(config: TrainConfig, result: TrainResult, seconds: float) -> dict[str, Any]:
+def _summary(config: Config, result: TrainResult, seconds: float) -> dict[str, Any]:
     evaluation = result.evaluation
     if evaluation is None:
         raise CheckpointError("train: the run must be finished for a summary.")
@@ -316,17 +364,20 @@ def _summary(config: TrainConfig, result: TrainResult, seconds: float) -> dict[s
         "load_imbalance": evaluation.load_imbalance,
         "seed": config.seed,
         "parameters": result.num_parameters,
+        **_TASKS[config.task].summary(result),
     }
 
 
-def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
+def _print_summary(config: Config, summary: dict[str, Any], folder: RunFolder) -> None:
+    task = _TASKS[config.task]
     print()
     print_table(
         [
-            ("validation loss", f"{summary['val_loss']:.4f} nats per character"),
-            ("training loss", f"{summary['train_loss']:.4f} nats per character"),
+            *task.summary_rows(summary),
+            ("validation loss", f"{summary['val_loss']:.4f} nats per {task.UNIT}"),
+            ("training loss", f"{summary['train_loss']:.4f} nats per {task.UNIT}"),
             ("parameters", f"{summary['parameters']:,}"),
-            ("throughput", f"{summary['tokens_per_second']:,.0f} characters per second"),
+            ("throughput", f"{summary['tokens_per_second']:,.0f} {task.TOKENS} per second"),
             ("time", f"{summary['seconds']:.1f} s for {summary['steps']} steps"),
             ("load imbalance", f"{summary['load_imbalance']:.3f} (0 is perfect balance)"),
             ("dropped routes", f"{summary['drop_rate']:.2%}"),
@@ -335,19 +386,5 @@ def _print_summary(summary: dict[str, Any], folder: RunFolder) -> None:
     )
 
 
-def _print_sample(config: TrainConfig, result: TrainResult, backend: Backend) -> None:
-    """Print what the model writes after a common word, or else after its last character."""
-    vocabulary = CharVocabulary(config.characters)
-    known = set(_PROMPT) <= set(config.characters)
-    prompt = _PROMPT if known else config.characters[-1]
-    ids = generate(
-        vocabulary.encode(prompt),
-        400,
-        result.params,
-        config.model,
-        seed=config.seed,
-        temperature=_TEMPERATURE,
-        backend=backend,
-    )
-    print(f"\nA sample, after {prompt!r} at temperature {_TEMPERATURE}:")
-    print(prompt + vocabulary.decode(list(ids)))
+def _print_sample(config: Config, result: TrainResult, backend: Backend) -> None:
+    _TASKS[config.task].print_sample(config, result, backend)

@@ -1,4 +1,4 @@
-"""One decoder block: attention and a feed-forward sublayer (dense or MoE), each with a residual.
+"""One block: attention and a feed-forward sublayer (dense or MoE), each with a residual.
 
 Pre-norm: ``x + sublayer(norm(x))``. Post-norm: ``norm(x + sublayer(x))``.
 """
@@ -17,7 +17,7 @@ from npmoe.backends import Backend
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
 from npmoe.layer import moe_backward, moe_forward
-from npmoe.models.config import LanguageConfig
+from npmoe.models.config import ModelConfig
 from npmoe.params import MoEParams, init_params
 from npmoe.saved import SavedTensors
 
@@ -72,7 +72,7 @@ class BlockSaved:
         return inner if isinstance(inner, SavedTensors) else None
 
 
-def init_norm(cfg: LanguageConfig, dtype: str) -> NormParams:
+def init_norm(cfg: ModelConfig, dtype: str) -> NormParams:
     """Return a norm that starts as the identity."""
     bias = np.zeros(cfg.hidden_size, dtype) if cfg.norm == "layer" else None
     return NormParams(weight=np.ones(cfg.hidden_size, dtype), bias=bias)
@@ -111,7 +111,7 @@ def drop_backward(grad_y: HostArray, mask: HostArray | None, p: float) -> HostAr
 def feed_forward(
     x: HostArray,
     params: nn.MLPParams | MoEParams,
-    cfg: LanguageConfig,
+    cfg: ModelConfig,
     moe: MoEConfig | None,
     rng: np.random.Generator | None,
     backend: str | Backend | None,
@@ -130,7 +130,7 @@ def feed_forward_backward(
     grad_y: HostArray,
     saved: DenseSaved | SavedTensors,
     params: nn.MLPParams | MoEParams,
-    cfg: LanguageConfig,
+    cfg: ModelConfig,
     grad_router_logits: HostArray | None,
     out: MoEParams | None,
 ) -> tuple[HostArray, nn.MLPParams | MoEParams]:
@@ -146,9 +146,7 @@ def feed_forward_backward(
     )
 
 
-def init_block(
-    cfg: LanguageConfig, layer: int, rng: np.random.Generator, dtype: str
-) -> BlockParams:
+def init_block(cfg: ModelConfig, layer: int, rng: np.random.Generator, dtype: str) -> BlockParams:
     """Draw a block; what enters the residual stream is scaled by 1/sqrt(2 * num_layers)."""
     scale = float(1.0 / np.sqrt(2.0 * cfg.num_layers))
     attention = nn.init_attention_params(
@@ -171,7 +169,7 @@ def init_block(
 def block(
     x: HostArray,
     params: BlockParams,
-    cfg: LanguageConfig,
+    cfg: ModelConfig,
     moe: MoEConfig | None,
     *,
     rng: np.random.Generator | None = None,
@@ -184,7 +182,7 @@ def block(
     ----------
     x : (B, L, H) float array
     params : BlockParams
-    cfg : LanguageConfig
+    cfg : LanguageConfig or VisionConfig
     moe : MoEConfig or None
         The MoE sublayer's config at this step (its router noise may change between steps).
     rng : numpy Generator, optional
@@ -212,6 +210,7 @@ def block(
             cfg.num_heads,
             cfg.num_kv_heads,
             rope_base=cfg.rope_base,
+            causal=cfg.causal,
             cache=cache,
         ),
     )
@@ -230,7 +229,7 @@ def block_backward(
     grad_y: HostArray,
     saved: BlockSaved,
     params: BlockParams,
-    cfg: LanguageConfig,
+    cfg: ModelConfig,
     *,
     grad_router_logits: HostArray | None = None,
     out: MoEParams | None = None,
@@ -277,7 +276,7 @@ def block_backward(
 def _sublayer(
     x: HostArray,
     norm_params: NormParams,
-    cfg: LanguageConfig,
+    cfg: ModelConfig,
     p: float,
     rng: np.random.Generator | None,
     function: Callable[[HostArray], tuple[HostArray, Any]],
@@ -296,7 +295,7 @@ def _sublayer_backward(
     grad_y: HostArray,
     saved: SublayerSaved,
     norm_params: NormParams,
-    cfg: LanguageConfig,
+    cfg: ModelConfig,
     p: float,
     function_backward: Callable[[HostArray, Any], tuple[HostArray, Any]],
 ) -> tuple[HostArray, NormParams, Any]:

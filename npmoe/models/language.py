@@ -6,26 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npmoe import losses, nn
+from npmoe import nn
 from npmoe._typing import HostArray
-from npmoe.backends import Backend, get_backend
+from npmoe.backends import Backend
 from npmoe.config import MoEConfig
-from npmoe.errors import RangeError, ShapeError, UnsupportedError
-from npmoe.models.block import (
-    BlockParams,
-    BlockSaved,
-    NormParams,
-    block,
-    block_backward,
-    drop,
-    drop_backward,
-    init_block,
-    init_norm,
-    norm,
-    norm_backward,
-)
+from npmoe.errors import RangeError, ShapeError
+from npmoe.models.block import BlockParams, BlockSaved, NormParams, init_block, init_norm
 from npmoe.models.config import LanguageConfig
-from npmoe.params import MoEParams
+from npmoe.models.objective import LossResult, objective, objective_value
+from npmoe.models.stack import StackSaved, stack, stack_backward
 from npmoe.stats import LoadStats
 
 
@@ -54,49 +43,17 @@ class LanguageSaved:
     """What the backward pass of the model needs."""
 
     ids: HostArray
-    embedding_dropout: HostArray | None
-    dropout: float
-    blocks: tuple[BlockSaved, ...]
-    last_hidden: HostArray
+    stack: StackSaved
     head_input: HostArray
+
+    @property
+    def blocks(self) -> tuple[BlockSaved, ...]:
+        """What each block saved."""
+        return self.stack.blocks
 
     def load_stats(self) -> list[LoadStats]:
         """Return the load of every MoE layer, in order."""
-        return [saved.moe.stats() for saved in self.blocks if saved.moe is not None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossResult:
-    """Cross entropy (nats per token), the auxiliary losses as added, and all gradients."""
-
-    cross_entropy: float
-    auxiliary: float
-    grads: LanguageParams
-    saved: LanguageSaved
-
-    @property
-    def total(self) -> float:
-        """The scalar whose gradients these are."""
-        return self.cross_entropy + self.auxiliary
-
-
-def host_backend(function: str, backend: str | Backend | None) -> Backend:
-    """Return a backend that works on host arrays, as the rest of the model does.
-
-    Raises
-    ------
-    UnsupportedError
-        If it does not.
-    BackendUnavailableError, RangeError
-        As `get_backend` does.
-    """
-    run = get_backend(backend)
-    if not run.host_arrays:
-        raise UnsupportedError(
-            f"{function}: backend must work on host arrays, got {run.name!r}. Attention and the "
-            "optimizer run in NumPy. Choose 'numpy' or 'reference'."
-        )
-    return run
+        return self.stack.load_stats()
 
 
 def init_language_params(
@@ -166,33 +123,18 @@ def language_forward(
             f"language_forward: ids must have at most context_length = {cfg.context_length} "
             f"columns, got {ids.shape[1]}. Shorten the input or train with a longer context."
         )
-    p = cfg.dropout if rng is not None else 0.0
-    moe = cfg.moe if moe is None else moe
-    x, embedding_mask = drop(nn.embedding(ids, params.embedding), p, rng)
-    saved_blocks = []
-    for layer, block_params in enumerate(params.blocks):
-        x, saved = block(
-            x,
-            block_params,
-            cfg,
-            moe,
-            rng=rng,
-            backend=backend,
-            cache=None if caches is None else caches[layer],
-        )
-        saved_blocks.append(saved)
-    last = x
-    if params.final_norm is not None:
-        x = norm(x, params.final_norm)
-    logits = nn.linear(x, params.embedding if params.head is None else params.head)
-    return logits, LanguageSaved(
-        ids=ids,
-        embedding_dropout=embedding_mask,
-        dropout=p,
-        blocks=tuple(saved_blocks),
-        last_hidden=last,
-        head_input=x,
+    x, saved = stack(
+        nn.embedding(ids, params.embedding),
+        params.blocks,
+        params.final_norm,
+        cfg,
+        rng=rng,
+        moe=moe,
+        backend=backend,
+        caches=caches,
     )
+    logits = nn.linear(x, params.embedding if params.head is None else params.head)
+    return logits, LanguageSaved(ids=ids, stack=saved, head_input=x)
 
 
 def language_backward(
@@ -223,28 +165,21 @@ def language_backward(
     """
     head = params.embedding if params.head is None else params.head
     grad_x, grad_head, _ = nn.linear_backward(grad_logits, saved.head_input, head)
-    grad_final_norm = None
-    if params.final_norm is not None:
-        grad_x, grad_final_norm = norm_backward(grad_x, saved.last_hidden, params.final_norm)
-    grad_blocks = []
-    for layer in reversed(range(len(params.blocks))):
-        target = None if out is None else out.blocks[layer].feed_forward
-        grad_x, grad_block = block_backward(
-            grad_x,
-            saved.blocks[layer],
-            params.blocks[layer],
-            cfg,
-            grad_router_logits=None if grad_router_logits is None else grad_router_logits[layer],
-            out=target if isinstance(target, MoEParams) else None,
-        )
-        grad_blocks.append(grad_block)
-    grad_x = drop_backward(grad_x, saved.embedding_dropout, saved.dropout)
+    grad_x, grad_blocks, grad_final_norm = stack_backward(
+        grad_x,
+        saved.stack,
+        params.blocks,
+        params.final_norm,
+        cfg,
+        grad_router_logits=grad_router_logits,
+        out=None if out is None else out.blocks,
+    )
     grad_embedding = nn.embedding_backward(grad_x, saved.ids, params.embedding.shape[0])
     if params.head is None:
         grad_embedding += grad_head
     return LanguageParams(
         embedding=grad_embedding,
-        blocks=tuple(reversed(grad_blocks)),
+        blocks=grad_blocks,
         final_norm=grad_final_norm,
         head=None if params.head is None else grad_head,
     )
@@ -261,7 +196,7 @@ def language_loss(
     backend: str | Backend | None = None,
     out: LanguageParams | None = None,
     scale: float = 1.0,
-) -> LossResult:
+) -> LossResult[LanguageParams, LanguageSaved]:
     """Return cross entropy plus auxiliary losses, and the gradients of their sum.
 
     ``loss = mean over positions of -log p(target) + sum over MoE layers of
@@ -282,25 +217,18 @@ def language_loss(
     LossResult
     """
     logits, saved = language_forward(inputs, params, cfg, rng=rng, moe=moe, backend=backend)
-    flat = logits.reshape(-1, logits.shape[-1])
-    flat_targets = targets.reshape(-1)
-    cross_entropy, log_sum_exp = nn.cross_entropy(flat, flat_targets)
-    grad = nn.cross_entropy_backward(scale, flat, flat_targets, log_sum_exp)
-    auxiliary = 0.0
-    grad_router: list[HostArray | None] = []
-    for saved_block in saved.blocks:
-        value, router_grad = _auxiliary(saved_block, cfg, scale)
-        auxiliary += value
-        grad_router.append(router_grad)
+    loss = objective(logits, targets, saved.stack, cfg, scale)
     grads = language_backward(
-        grad.reshape(logits.shape),
+        loss.grad_logits,
         saved,
         params,
         cfg,
-        grad_router_logits=tuple(grad_router),
+        grad_router_logits=loss.grad_router_logits,
         out=out,
     )
-    return LossResult(cross_entropy=cross_entropy, auxiliary=auxiliary, grads=grads, saved=saved)
+    return LossResult(
+        cross_entropy=loss.cross_entropy, auxiliary=loss.auxiliary, grads=grads, saved=saved
+    )
 
 
 def language_loss_value(
@@ -314,22 +242,4 @@ def language_loss_value(
 ) -> tuple[float, LanguageSaved]:
     """Return the total of `language_loss`, without gradients, and what the model saved."""
     logits, saved = language_forward(inputs, params, cfg, rng=rng, backend=backend)
-    cross_entropy, _ = nn.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
-    auxiliary = 0.0
-    for saved_block in saved.blocks:
-        auxiliary += _auxiliary(saved_block, cfg, 1.0)[0]
-    return cross_entropy + auxiliary, saved
-
-
-def _auxiliary(
-    saved: BlockSaved, cfg: LanguageConfig, scale: float
-) -> tuple[float, HostArray | None]:
-    """Return the auxiliary losses of one block and `scale` times their gradient."""
-    if saved.moe is None:
-        return 0.0, None
-    routing = saved.moe.routing
-    value, grad = losses.load_balancing_loss(routing, coefficient=cfg.load_balancing_coefficient)
-    z_value, z_grad = losses.z_loss(routing, coefficient=cfg.z_loss_coefficient)
-    grad += z_grad
-    grad *= scale
-    return value + z_value, grad
+    return objective_value(logits, targets, saved.stack, cfg), saved

@@ -1,7 +1,7 @@
-"""Causal softmax attention with grouped heads, in blocks of queries.
+"""Softmax attention with grouped heads, causal or full, in blocks of queries.
 
-A block of queries meets only the keys up to its own end, which saves almost half of the work, and
-keeps its part of the probabilities in cache between the two products.
+A block of queries meets only the keys that it may see, which saves almost half of the work of the
+causal kind, and keeps its part of the probabilities in cache between the two products.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SAFE_LOGIT = 32.0  # exp(+-32) and sums of it are far from the ends of float32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionProbs:
-    """Probabilities as `causal_attention_backward` wants them: by blocks and not yet divided.
+    """Probabilities as the backward wants them: by blocks and not yet divided.
 
     blocks : tuple of (B, Hkv, G*n, end) float arrays
         exp(logit - shift) of n queries of each of G grouped heads against the keys before `end`.
@@ -30,18 +30,22 @@ class AttentionProbs:
         One over the row sums of `blocks`.
     out : (B, Hkv, G, L, D) float array
         A view of the attention's output, which must stay as it is until the backward.
+    causal : bool
+        Whether a query sees no later key.
     """
 
     blocks: tuple[HostArray, ...]
     inverse_sums: HostArray
     out: HostArray
+    causal: bool = True
 
     def dense(self) -> HostArray:
-        """Return the probabilities as one new array (B, Hq, L, S), exactly 0 above the diagonal."""
+        """Return the probabilities as one new array (B, Hq, L, S), exactly 0 at unseen keys."""
         batch, kv_heads, groups, length, _ = self.out.shape
         num_keys = self.blocks[-1].shape[-1] if self.blocks else 0
         probs = np.zeros((batch, kv_heads, groups, length, num_keys), self.out.dtype)
-        for block, (start, stop, end) in zip(self.blocks, _blocks(length, num_keys), strict=True):
+        parts = _blocks(length, num_keys, self.causal)
+        for block, (start, stop, end) in zip(self.blocks, parts, strict=True):
             rows = block.reshape(batch, kv_heads, groups, stop - start, end)
             probs[..., start:stop, :end] = rows * self.inverse_sums[..., start:stop, :]
         return probs.reshape(batch, kv_heads * groups, length, num_keys)
@@ -80,34 +84,36 @@ def causal_attention(q: HostArray, k: HostArray, v: HostArray) -> tuple[HostArra
     ----------
     Vaswani et al. 2017, eq. 1; Ainslie et al. 2023, "GQA", section 2.2, for the grouped heads.
     """
-    batch, kv_heads, groups, length, size = shape = _check("causal_attention", q, k, v)
-    num_keys = k.shape[2]
-    scale = q.dtype.type(1 / math.sqrt(size))
-    q = q.reshape(shape)
-    needs_shift = _needs_shift(q, k, scale)
-    # OpenBLAS multiplies small row-major matrices almost twice as fast as transposed ones.
-    k_columns = np.ascontiguousarray(k.swapaxes(-1, -2))  # (B, Hkv, D, S)
-    v = np.ascontiguousarray(v)
-    future = np.triu(np.ones((_BLOCK, _BLOCK), bool), 1)
-    out = np.empty((batch, length, kv_heads, groups, size), q.dtype).transpose(0, 2, 3, 1, 4)
-    inverse_sums = np.empty((*shape[:-1], 1), q.dtype)
-    blocks = []
-    for start, stop, end in _blocks(length, num_keys):
-        rows = stop - start
-        block = _gather_queries(q, start, stop, scale) @ k_columns[..., :end]
-        by_group = block.reshape(batch, kv_heads, groups, rows, end)
-        np.copyto(by_group[..., end - rows :], -np.inf, where=future[:rows, :rows])
-        if needs_shift[..., start:stop, :].any():
-            largest = by_group.max(axis=-1, keepdims=True)
-            by_group -= np.where(needs_shift[..., start:stop, :], largest, 0)
-        np.exp(block, out=block)
-        inverse = inverse_sums[..., start:stop, :]
-        np.reciprocal(np.einsum("bhgls->bhgl", by_group)[..., None], out=inverse)
-        summed = (block @ v[:, :, :end]).reshape(batch, kv_heads, groups, rows, size)
-        np.multiply(summed, inverse, out=out[..., start:stop, :])
-        blocks.append(block)
-    probs = AttentionProbs(blocks=tuple(blocks), inverse_sums=inverse_sums, out=out)
-    return out.reshape(batch, kv_heads * groups, length, size), probs
+    return _attend("causal_attention", q, k, v, causal=True)
+
+
+def full_attention(q: HostArray, k: HostArray, v: HostArray) -> tuple[HostArray, AttentionProbs]:
+    """Average all values for each query, weighted by softmax(q k^T / sqrt(D)).
+
+    Parameters
+    ----------
+    q, k, v : float arrays
+        As for `causal_attention`; every query sees all S keys.
+
+    Returns
+    -------
+    out : (B, Hq, L, D) float array
+    probs : AttentionProbs
+        As from `causal_attention`.
+
+    Raises
+    ------
+    ShapeError, DTypeError
+
+    Notes
+    -----
+    **Cost**: 4*B*Hq*D*L*S flops. **Accuracy**, **Order**: as `causal_attention`.
+
+    References
+    ----------
+    Vaswani et al. 2017, eq. 1.
+    """
+    return _attend("full_attention", q, k, v, causal=False)
 
 
 def causal_attention_backward(
@@ -150,15 +156,83 @@ def causal_attention_backward(
     **Cost**: 5/2 of the forward's flops, no exponential. **Order**: blocks of 32 queries from
     the first to the last, each summed in the BLAS's order over its G*32 rows.
     """
-    shape = _check("causal_attention_backward", q, k, v, grad_out)
+    return _attend_backward("causal_attention_backward", grad_out, q, k, v, probs, out, causal=True)
+
+
+def full_attention_backward(
+    grad_out: HostArray,
+    q: HostArray,
+    k: HostArray,
+    v: HostArray,
+    probs: AttentionProbs,
+    *,
+    out: tuple[HostArray, HostArray, HostArray] | None = None,
+) -> tuple[HostArray, HostArray, HostArray]:
+    """Return the gradients of `full_attention`; everything as in `causal_attention_backward`."""
+    return _attend_backward("full_attention_backward", grad_out, q, k, v, probs, out, causal=False)
+
+
+def _attend(
+    function: str, q: HostArray, k: HostArray, v: HostArray, *, causal: bool
+) -> tuple[HostArray, AttentionProbs]:
+    """Attend block by block; see the public functions."""
+    batch, kv_heads, groups, length, size = shape = _check(function, q, k, v, causal=causal)
+    num_keys = k.shape[2]
+    scale = q.dtype.type(1 / math.sqrt(size))
+    q = q.reshape(shape)
+    needs_shift = _needs_shift(q, k, scale, causal)
+    # OpenBLAS multiplies small row-major matrices almost twice as fast as transposed ones.
+    k_columns = np.ascontiguousarray(k.swapaxes(-1, -2))  # (B, Hkv, D, S)
+    v = np.ascontiguousarray(v)
+    future = np.triu(np.ones((_BLOCK, _BLOCK), bool), 1)
+    out = np.empty((batch, length, kv_heads, groups, size), q.dtype).transpose(0, 2, 3, 1, 4)
+    inverse_sums = np.empty((*shape[:-1], 1), q.dtype)
+    blocks = []
+    for start, stop, end in _blocks(length, num_keys, causal):
+        rows = stop - start
+        block = _gather_queries(q, start, stop, scale) @ k_columns[..., :end]
+        by_group = block.reshape(batch, kv_heads, groups, rows, end)
+        if causal:
+            np.copyto(by_group[..., end - rows :], -np.inf, where=future[:rows, :rows])
+        if needs_shift[..., start:stop, :].any():
+            largest = by_group.max(axis=-1, keepdims=True)
+            by_group -= np.where(needs_shift[..., start:stop, :], largest, 0)
+        np.exp(block, out=block)
+        inverse = inverse_sums[..., start:stop, :]
+        np.reciprocal(np.einsum("bhgls->bhgl", by_group)[..., None], out=inverse)
+        summed = (block @ v[:, :, :end]).reshape(batch, kv_heads, groups, rows, size)
+        np.multiply(summed, inverse, out=out[..., start:stop, :])
+        blocks.append(block)
+    probs = AttentionProbs(blocks=tuple(blocks), inverse_sums=inverse_sums, out=out, causal=causal)
+    return out.reshape(batch, kv_heads * groups, length, size), probs
+
+
+def _attend_backward(
+    function: str,
+    grad_out: HostArray,
+    q: HostArray,
+    k: HostArray,
+    v: HostArray,
+    probs: AttentionProbs,
+    out: tuple[HostArray, HostArray, HostArray] | None,
+    *,
+    causal: bool,
+) -> tuple[HostArray, HostArray, HostArray]:
+    """Return all gradients block by block; see the public functions."""
+    shape = _check(function, q, k, v, grad_out, causal=causal)
     batch, kv_heads, groups, length, size = shape
     num_keys = k.shape[2]
     probs_keys = probs.blocks[-1].shape[-1] if probs.blocks else num_keys
     if (probs.out.shape, probs_keys) != (shape, num_keys):
         raise ShapeError(
-            f"causal_attention_backward: probs must have (B, Hkv, G, L, D) = {shape} and "
+            f"{function}: probs must have (B, Hkv, G, L, D) = {shape} and "
             f"S = {num_keys}, got {probs.out.shape} and {probs_keys}. The letters are bound by "
             "q and k. Pass what their own forward returned."
+        )
+    if probs.causal != causal:
+        raise ShapeError(
+            f"{function}: probs must come from {function.removesuffix('_backward')}, got those of "
+            "the other kind. Pass what their own forward returned."
         )
     scale = q.dtype.type(1 / math.sqrt(size))
     if out is None:
@@ -172,7 +246,8 @@ def causal_attention_backward(
     v_columns = np.empty((batch, kv_heads, size + 1, num_keys), v.dtype)
     v_columns[:, :, :size] = v.swapaxes(-1, -2)
     v_columns[:, :, size] = 1
-    for block, (start, stop, end) in zip(probs.blocks, _blocks(length, num_keys), strict=True):
+    parts = _blocks(length, num_keys, probs.causal)
+    for block, (start, stop, end) in zip(probs.blocks, parts, strict=True):
         rows = stop - start
         part: HostArray = np.empty((batch, kv_heads, groups, rows, size + 1), q.dtype)
         weighted = part[..., :size]
@@ -191,11 +266,11 @@ def causal_attention_backward(
     return out
 
 
-def _blocks(length: int, num_keys: int) -> Iterator[tuple[int, int, int]]:
+def _blocks(length: int, num_keys: int, causal: bool) -> Iterator[tuple[int, int, int]]:
     """Yield (start, stop, end): queries start..stop see keys before `end` at most."""
     for start in range(0, length, _BLOCK):
         stop = min(start + _BLOCK, length)
-        yield start, stop, num_keys - length + stop
+        yield start, stop, num_keys - length + stop if causal else num_keys
 
 
 def _gather_queries(q: HostArray, start: int, stop: int, scale: HostArray) -> HostArray:
@@ -205,21 +280,28 @@ def _gather_queries(q: HostArray, start: int, stop: int, scale: HostArray) -> Ho
     return rows.reshape(batch, kv_heads, groups * (stop - start), size)
 
 
-def _needs_shift(q: HostArray, k: HostArray, scale: HostArray) -> HostArray:
+def _needs_shift(q: HostArray, k: HostArray, scale: HostArray, causal: bool) -> HostArray:
     """Say (B, Hkv, G, L, 1) whose logits may leave +-32, by Cauchy-Schwarz over visible keys.
 
     Only visible keys count, so that a later position cannot change an earlier row's rounding.
     """
     largest_key = np.maximum.accumulate(np.sqrt(np.einsum("bhsd,bhsd->bhs", k, k)), axis=-1)
     bound = np.sqrt(np.einsum("bhgld,bhgld->bhgl", q, q))
-    bound *= largest_key[:, :, None, k.shape[2] - q.shape[3] :]
+    first = k.shape[2] - (q.shape[3] if causal else 1)  # the last entry is the largest of all
+    bound *= largest_key[:, :, None, first:]
     bound *= scale
     needs_shift: HostArray = ~(bound <= _SAFE_LOGIT)[..., None]
     return needs_shift
 
 
 def _check(
-    function: str, q: HostArray, k: HostArray, v: HostArray, grad_out: HostArray | None = None
+    function: str,
+    q: HostArray,
+    k: HostArray,
+    v: HostArray,
+    grad_out: HostArray | None = None,
+    *,
+    causal: bool,
 ) -> tuple[int, int, int, int, int]:
     """Check all arrays and return (B, Hkv, G, L, D)."""
     inputs = Inputs(function)
@@ -235,7 +317,7 @@ def _check(
             f"{function}: q must have a multiple of the {kv_heads} key heads, got {heads} heads. "
             "Every key head serves equally many query heads."
         )
-    if num_keys < length:
+    if causal and num_keys < length:
         raise ShapeError(
             f"{function}: k must hold at least the L = {length} positions of q, "
             f"got S = {num_keys}. The queries are the last L of S positions."

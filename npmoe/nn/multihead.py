@@ -1,4 +1,4 @@
-"""Multi-head causal self-attention with rotary positions and grouped heads.
+"""Multi-head self-attention with grouped heads: causal or full, with rotary positions or none.
 
 The pairs that `apply_rotary` turns lie D/2 apart. Here the rows of the query and key projections
 are reordered so that pairs are neighbours and a turn is one complex product in place: queries and
@@ -13,9 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from npmoe._typing import HostArray
-from npmoe.errors import ShapeError, UnsupportedError
+from npmoe.errors import RangeError, ShapeError, UnsupportedError
 from npmoe.nn._inputs import Inputs
-from npmoe.nn.attention import AttentionProbs, causal_attention, causal_attention_backward
+from npmoe.nn.attention import (
+    AttentionProbs,
+    causal_attention,
+    causal_attention_backward,
+    full_attention,
+    full_attention_backward,
+)
 from npmoe.nn.key_value_cache import KeyValueCache
 from npmoe.nn.rotary import rotary_tables
 
@@ -40,13 +46,14 @@ class SavedAttention:
     qkv : (B, L, Hq + 2*Hkv, D) float array
         Turned queries and keys with neighbouring pairs, and values.
     attended : (B, L, Hq*D) float array
-    turns : (L, 1, D/2) complex array
+    turns : (L, 1, D/2) complex array or None
+        None without rotary positions; queries and keys are then as projected.
     """
 
     x: HostArray
     qkv: HostArray
     attended: HostArray
-    turns: HostArray
+    turns: HostArray | None
     probs: AttentionProbs
     num_kv_heads: int
     cached: bool
@@ -103,10 +110,11 @@ def multihead_attention(
     num_heads: int,
     num_kv_heads: int,
     *,
-    rope_base: float = 10000.0,
+    rope_base: float | None = 10000.0,
+    causal: bool = True,
     cache: KeyValueCache | None = None,
 ) -> tuple[HostArray, SavedAttention]:
-    """Let every position attend to itself and the earlier ones.
+    """Let every position attend to itself and the earlier ones, or to all.
 
     q, k, v = heads of qkv_proj x;  y = output_proj concat_h(attention(turn(q), turn(k), v)).
 
@@ -116,10 +124,12 @@ def multihead_attention(
     params : AttentionParams
     num_heads, num_kv_heads : int
         Hq and Hkv.
-    rope_base : float
-        Base of `rotary_tables`.
+    rope_base : float or None
+        Base of `rotary_tables`; None leaves out the turn.
+    causal : bool
+        Whether a position sees no later one.
     cache : KeyValueCache, optional
-        Holds the earlier positions; x continues them, and is appended.
+        Holds the earlier positions; x continues them, and is appended. Causal only.
 
     Returns
     -------
@@ -132,24 +142,32 @@ def multihead_attention(
     ------
     ShapeError, DTypeError
     RangeError
-        If the cache is full.
+        If the cache is full, or given with causal=False.
 
     Notes
     -----
-    **Cost**: 4*T*H*(Hq + Hkv)*D flops for T = B*L, and those of `causal_attention`.
+    **Cost**: 4*T*H*(Hq + Hkv)*D flops for T = B*L, and those of the attention.
     """
+    if cache is not None and not causal:
+        raise RangeError(
+            "multihead_attention: cache must be None with causal=False, got one. "
+            "Positions that are gone would have to see the new ones."
+        )
     head_dim = _check("multihead_attention", x, params, num_heads, num_kv_heads)
     batch, length, hidden = x.shape
     start = 0 if cache is None else cache.length
-    cos, sin = rotary_tables(start, length, head_dim, rope_base, x.dtype)
-    turns = (cos + 1j * sin)[:, None]  # (L, 1, D/2)
-    weight = _neighbour_pairs(params.qkv_proj, num_heads + num_kv_heads, head_dim)
+    weight, turns = params.qkv_proj, None
+    if rope_base is not None:
+        cos, sin = rotary_tables(start, length, head_dim, rope_base, x.dtype)
+        turns = (cos + 1j * sin)[:, None]  # (L, 1, D/2)
+        weight = _neighbour_pairs(weight, num_heads + num_kv_heads, head_dim)
     qkv = (x.reshape(-1, hidden) @ weight.T).reshape(batch, length, -1, head_dim)
-    _turn(qkv, turns, num_kv_heads)
+    if turns is not None:
+        _turn(qkv, turns, num_kv_heads)
     q, k, v = _split_heads(qkv, num_kv_heads)
     if cache is not None:
         k, v = cache.append(k, v)
-    out, probs = causal_attention(q, k, v)
+    out, probs = (causal_attention if causal else full_attention)(q, k, v)
     attended = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
     y = (attended.reshape(batch * length, -1) @ params.output_proj.T).reshape(x.shape)
     return y, SavedAttention(
@@ -202,17 +220,22 @@ def multihead_attention_backward(
     grad_output_proj = grad_rows.T @ saved.attended.reshape(batch * length, -1)
     grad_attended = (grad_rows @ params.output_proj).reshape(batch, length, -1, head_dim)
     grad_qkv = np.empty(saved.qkv.shape, saved.qkv.dtype)
-    causal_attention_backward(
+    attend_backward = causal_attention_backward if saved.probs.causal else full_attention_backward
+    attend_backward(
         grad_attended.transpose(0, 2, 1, 3),
         *_split_heads(saved.qkv, saved.num_kv_heads),
         saved.probs,
         out=_split_heads(grad_qkv, saved.num_kv_heads),
     )
-    _turn(grad_qkv, saved.turns.conj(), saved.num_kv_heads)
+    weight = params.qkv_proj
+    if saved.turns is not None:
+        _turn(grad_qkv, saved.turns.conj(), saved.num_kv_heads)
+        weight = _neighbour_pairs(weight, num_rotated, head_dim)
     grad_qkv_rows = grad_qkv.reshape(batch * length, -1)
-    weight = _neighbour_pairs(params.qkv_proj, num_rotated, head_dim)
     grad_x = (grad_qkv_rows @ weight).reshape(grad_y.shape)
-    grad_qkv_proj = _half_pairs(grad_qkv_rows.T @ rows, num_rotated, head_dim)
+    grad_qkv_proj = grad_qkv_rows.T @ rows
+    if saved.turns is not None:
+        grad_qkv_proj = _half_pairs(grad_qkv_proj, num_rotated, head_dim)
     return grad_x, AttentionParams(qkv_proj=grad_qkv_proj, output_proj=grad_output_proj)
 
 

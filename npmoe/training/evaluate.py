@@ -18,14 +18,15 @@ from npmoe.training.data import validation_batches
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Result of one pass over a text.
+    """Result of one pass over a text, or over images.
 
     Attributes
     ----------
     loss : float
-        Mean nats per character.
+        Mean nats per character, or per image.
     served : (MoE layers, V, E) int array
-        How often expert e was chosen for an input character v, before any drop.
+        How often expert e was chosen for an input character v, or for a patch at place v of an
+        image, before any drop.
     dropped : int
         Routes that the capacity refused.
     """

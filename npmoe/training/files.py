@@ -95,6 +95,8 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.safetensors"
         self.curves = self.path / "curves.png"
         self.experts = self.path / "experts.png"
+        self.confusion = self.path / "confusion.png"
+        self.patches = self.path / "patches.png"
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:

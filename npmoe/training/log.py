@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from npmoe.errors import CheckpointError, RangeError
+from npmoe._typing import HostArray
+from npmoe.errors import CheckpointError, RangeError, UnsupportedError
+from npmoe.training.config import RunConfig, TrainConfig, VisionTrainConfig
+from npmoe.training.data import character_class
 from npmoe.training.files import exists, write_error, write_text_atomic
 
 
@@ -92,6 +96,61 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
+
+
+def input_names(config: RunConfig) -> list[str]:
+    """Return the name of each input that `Evaluation.served` counts: V of them.
+
+    The class of each character; or the place of each patch, by rows.
+    """
+    if isinstance(config, TrainConfig):
+        return [character_class(c) for c in config.characters]
+    if not isinstance(config, VisionTrainConfig):
+        raise UnsupportedError(
+            f"input_names: config must be of text or images, got {type(config).__name__}."
+        )
+    columns = config.model.image_size // config.model.patch_size
+    return [f"row {row}, column {column}" for row in range(columns) for column in range(columns)]
+
+
+def specialisation(served: HostArray, names: Sequence[str]) -> dict[str, Any]:
+    """Return what each expert took, by kind of input, as a record's field "specialisation".
+
+    Parameters
+    ----------
+    served : (MoE layers, V, E) int array
+        `Evaluation.served`.
+    names : sequence of str
+        A name for each of the V inputs, as from `input_names`; those of one name are added up.
+
+    Returns
+    -------
+    dict
+        "rows": the names in the order of their first input; "choices": (MoE layers, rows, E) int
+        array.
+
+    Raises
+    ------
+    RangeError
+        If there is not one name for each input.
+
+    Examples
+    --------
+    >>> served = np.array([[[1, 2], [3, 4], [5, 6]]])
+    >>> table = specialisation(served, ["vowel", "other", "vowel"])
+    >>> table["rows"], table["choices"].tolist()
+    (['vowel', 'other'], [[[6, 8], [3, 4]]])
+    """
+    if len(names) != served.shape[1]:
+        raise RangeError(
+            f"specialisation: names must hold V = {served.shape[1]} names, got {len(names)}. "
+            f"V is bound by served {served.shape}."
+        )
+    rows = list(dict.fromkeys(names))
+    choices = np.zeros((served.shape[0], len(rows), served.shape[2]), np.int64)
+    for value, name in enumerate(names):
+        choices[:, rows.index(name)] += served[:, value]
+    return {"rows": rows, "choices": choices}
 
 
 def _plain(value: object) -> Any:

@@ -10,13 +10,17 @@ from typing import Any
 
 from npmoe.backends import Backend
 from npmoe.errors import BackendUnavailableError, CheckpointError
-from npmoe.models.language import LanguageParams, host_backend, init_language_params
+from npmoe.models.language import LanguageParams, init_language_params
+from npmoe.models.stack import host_backend
+from npmoe.models.vision import VisionParams, init_vision_params
 from npmoe.training.checkpoint import load_checkpoint, save_checkpoint
-from npmoe.training.config import TrainConfig, text_sha256
-from npmoe.training.data import CharVocabulary, split_text
+from npmoe.training.config import RunConfig, TrainConfig, VisionTrainConfig, parse_config
 from npmoe.training.evaluate import Evaluation
+from npmoe.training.evaluate_images import VisionEvaluation
 from npmoe.training.files import RunFolder, exists, write_text_atomic
-from npmoe.training.log import JsonlLog
+from npmoe.training.images import ImageData
+from npmoe.training.log import JsonlLog, input_names, specialisation
+from npmoe.training.tasks import prepare_data
 from npmoe.training.trainer import StepReport, Trainer, load_params
 from npmoe.tree import named_arrays, num_elements
 
@@ -41,16 +45,17 @@ class TrainResult:
         Steps made, over all sessions.
     tokens_per_second : float
         Training throughput of this session, evaluation and checkpoints not counted.
-    params : LanguageParams
-    evaluation : Evaluation or None
-        On the validation text.
+    params : LanguageParams or VisionParams
+    evaluation : Evaluation or VisionEvaluation or None
+        On the validation text, or the test images.
     train_loss : float or None
-        Mean nats per character on a part of the training text as long as the validation text.
+        The same loss on as much of what was trained on: the end of the training text, or the
+        first of the training images, unmoved.
     """
 
     step: int
     tokens_per_second: float
-    params: LanguageParams
+    params: Any
     evaluation: Evaluation | None
     train_loss: float | None
 
@@ -81,12 +86,13 @@ def single_threaded_blas() -> Iterator[None]:
 
 
 def train(
-    config: TrainConfig,
-    text: str,
+    config: RunConfig,
+    data: str | ImageData,
     folder: RunFolder,
     *,
     workers: int = 1,
     backend: str | Backend | None = None,
+    initial: LanguageParams | VisionParams | None = None,
     on_step: Callable[[Progress], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
@@ -94,16 +100,19 @@ def train(
 
     Parameters
     ----------
-    config : TrainConfig
+    config : TrainConfig or VisionTrainConfig
         Of a new run, or read from the folder.
-    text : str
-        The whole text; its last tenth is for validation.
+    data : str or ImageData
+        The whole text, of which the last tenth is for validation; or images to train and test on.
     folder : RunFolder
         Receives config.json, log.jsonl and checkpoint.safetensors.
     workers : int
         Processes that compute micro-batches at the same time; does not change the result.
     backend : str, Backend or None
         Runs the MoE sublayers; must work on host arrays.
+    initial : LanguageParams or VisionParams, optional
+        Where a new run starts, in place of drawn parameters; saved at once as step 0. A run that
+        has a checkpoint continues from that.
     on_step : callable
         Called after every step.
     should_stop : callable
@@ -116,9 +125,11 @@ def train(
     Raises
     ------
     CheckpointError
-        If the folder's files cannot be used or written, or belong to another text or config.
+        If the folder's files cannot be used or written, or belong to other data or another config.
     DataError
         If the text is too short.
+    ShapeError
+        If `initial` is not of the config's model.
     UnsupportedError
         If the backend does not work on host arrays.
 
@@ -128,19 +139,17 @@ def train(
     same library versions and processor.
     """
     run = host_backend("train", backend)
-    if text_sha256(text) != config.text_sha256:
-        raise CheckpointError(
-            f"train: text must be the one the run began with ({config.text_source}), got another. "
-            "Give the same text, or start a new run."
-        )
-    ids = CharVocabulary(config.characters).encode(text)
-    train_ids, val_ids = split_text(ids, config.model.context_length)
+    prepared = prepare_data(config, data)
     log = JsonlLog(folder.log)
     with (
         single_threaded_blas(),
-        contextlib.closing(Trainer(config, train_ids, workers=workers, backend=run)) as trainer,
+        contextlib.closing(
+            Trainer(config, prepared.training, workers=workers, backend=run, initial=initial)
+        ) as trainer,
     ):
         if not exists(folder.config):
+            if initial is not None:  # first, so that no run can be resumed without it
+                save_checkpoint(folder.checkpoint, trainer.state(), {"step": "0"})
             write_text_atomic(folder.config, config.to_json())
         elif read_config(folder) != config:
             raise CheckpointError(
@@ -161,10 +170,12 @@ def train(
             speed = made * config.tokens_per_step / seconds
             last = done == config.steps
             evaluation = (
-                trainer.evaluate(val_ids) if last or done % config.eval_every == 0 else None
+                trainer.evaluate(prepared.validation)
+                if last or done % config.eval_every == 0
+                else None
             )
             if evaluation is not None or done % config.log_every == 0:
-                log.append(_record(report, done, speed, evaluation))
+                log.append(_record(config, report, done, speed, evaluation))
             stopped = should_stop()
             if last or stopped or done % config.checkpoint_every == 0:
                 save_checkpoint(folder.checkpoint, trainer.state(), {"step": str(done)})
@@ -176,17 +187,17 @@ def train(
             )
         finished = trainer.step_number == config.steps
         if finished and evaluation is None:
-            evaluation = trainer.evaluate(val_ids)
+            evaluation = trainer.evaluate(prepared.validation)
         return TrainResult(
             step=trainer.step_number,
             tokens_per_second=made * config.tokens_per_step / seconds if made else 0.0,
             params=trainer.params,
             evaluation=evaluation if finished else None,
-            train_loss=trainer.evaluate(train_ids[-len(val_ids) :]).loss if finished else None,
+            train_loss=trainer.evaluate(prepared.sample).loss if finished else None,
         )
 
 
-def _restore(trainer: Trainer, folder: RunFolder, config: TrainConfig) -> None:
+def _restore(trainer: Trainer, folder: RunFolder, config: RunConfig) -> None:
     arrays, metadata = load_checkpoint(folder.checkpoint)
     _check_arrays(arrays, trainer.state(), folder)
     step = metadata.get("step", "none")
@@ -210,7 +221,7 @@ def _check_arrays(arrays: dict[str, Any], expected: dict[str, Any], folder: RunF
             )
 
 
-def read_config(folder: RunFolder) -> TrainConfig:
+def read_config(folder: RunFolder) -> TrainConfig | VisionTrainConfig:
     """Return the config of a run.
 
     Raises
@@ -225,29 +236,62 @@ def read_config(folder: RunFolder) -> TrainConfig:
         raise CheckpointError(
             f"read_config: {folder.config} could not be read: {reason}. Give the folder of a run."
         ) from error
-    return TrainConfig.from_json(text, str(folder.config))
+    return parse_config(text, str(folder.config))
 
 
 def load_trained(folder: RunFolder) -> tuple[TrainConfig, LanguageParams, int]:
-    """Return config, parameters and step of a run, for generation.
+    """Return config, parameters and step of a language run, for generation.
 
     Raises
     ------
     CheckpointError
-        If the folder holds no usable run.
+        If the folder holds no usable run, or one of another task.
     """
     config = read_config(folder)
+    if not isinstance(config, TrainConfig):
+        raise _other_task("load_trained", folder, config, TrainConfig.task)
     params = init_language_params(config.model, config.seed)
+    return config, params, _load_step(folder, params)
+
+
+def load_trained_vision(folder: RunFolder) -> tuple[VisionTrainConfig, VisionParams, int]:
+    """Return config, parameters and step of a vision run.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder holds no usable run, or one of another task.
+    """
+    config = read_config(folder)
+    if not isinstance(config, VisionTrainConfig):
+        raise _other_task("load_trained_vision", folder, config, VisionTrainConfig.task)
+    params = init_vision_params(config.model, config.seed)
+    return config, params, _load_step(folder, params)
+
+
+def _load_step(folder: RunFolder, params: LanguageParams | VisionParams) -> int:
+    """Copy the parameters of a checkpoint into a tree; return its step."""
     arrays, metadata = load_checkpoint(folder.checkpoint)
     expected = {f"params.{name}": leaf for name, leaf in named_arrays(params)}
     found = {name: a for name, a in arrays.items() if name.startswith("params.")}
     _check_arrays(found, expected, folder)
     load_params(params, arrays)
-    return config, params, int(metadata.get("step", "0"))
+    return int(metadata.get("step", "0"))
+
+
+def _other_task(function: str, folder: RunFolder, config: RunConfig, task: str) -> CheckpointError:
+    return CheckpointError(
+        f"{function}: {folder.path} must hold a run of task {task!r}, got {config.task!r}. "
+        "It holds another kind of model."
+    )
 
 
 def _record(
-    report: StepReport, step: int, tokens_per_second: float, evaluation: Evaluation | None
+    config: RunConfig,
+    report: StepReport,
+    step: int,
+    tokens_per_second: float,
+    evaluation: Evaluation | None,
 ) -> dict[str, Any]:
     """Return one line of the log; `step` counts steps made."""
     record: dict[str, Any] = {
@@ -259,8 +303,16 @@ def _record(
         "drop_rate": report.drop_rate,
         "load_imbalance": report.load_imbalance,
         "tokens_per_expert": report.tokens_per_expert,
+        "kept_per_expert": report.kept_per_expert,
+        "router_entropy": report.router_entropy,
         "tokens_per_second": round(tokens_per_second, 1),
     }
+    if report.selection_bias_range is not None:
+        record["selection_bias_range"] = report.selection_bias_range
     if evaluation is not None:
         record["val_loss"] = evaluation.loss
+        if config.model.moe is not None:
+            record["specialisation"] = specialisation(evaluation.served, input_names(config))
+    if isinstance(evaluation, VisionEvaluation):
+        record["val_accuracy"] = evaluation.accuracy
     return record

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ class AdamWConfig:
         Largest global gradient norm; None turns clipping off.
     router_lr_factor : float
         Multiplies the learning rate of router weights and biases; not negative.
+    frozen : tuple of str
+        Patterns of `fnmatch` ("*.router_weight", "blocks.0.*"): parameters whose path matches one
+        stay as they are, and their gradients do not count in the global norm.
 
     Raises
     ------
@@ -48,9 +52,15 @@ class AdamWConfig:
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0
     router_lr_factor: float = 1.0
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field."""
+        require(
+            isinstance(self.frozen, tuple | list) and all(isinstance(p, str) for p in self.frozen),
+            f"AdamWConfig: frozen must be a tuple of patterns, got {self.frozen!r}.",
+        )
+        object.__setattr__(self, "frozen", tuple(self.frozen))  # a list in JSON
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"AdamWConfig: {name} must be in [0, 1), got {value!r}.")
@@ -78,6 +88,7 @@ class ParameterGroup:
     stop: int
     lr_factor: float
     weight_decay: float
+    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,22 +107,35 @@ def make_groups(params: Any, config: AdamWConfig) -> tuple[ParameterGroup, ...]:
     Weight decay goes to matrices only: leaves with at least two axes whose name does not end in
     "bias" (an expert bias is (E, I)) and has no "embedding" in its path. A row of an embedding is
     touched by its own token alone; decaying it at every step would shrink rare tokens to nothing.
+    A selection bias is frozen: it has no gradient, and balancing moves it.
 
     Parameters
     ----------
     params : tree of arrays
         As in `npmoe.tree`.
     config : AdamWConfig
-        Weight decay and router factor.
+        Weight decay, router factor and what is frozen.
 
     Returns
     -------
     tuple of ParameterGroup
         Adjacent, from 0 to the number of parameters. AdamW merges neighbours with equal options.
+
+    Raises
+    ------
+    RangeError
+        If a pattern in ``config.frozen`` matches no parameter.
     """
+    leaves = list(named_arrays(params))
+    for pattern in config.frozen:
+        require(
+            any(fnmatchcase(name, pattern) for name, _ in leaves),
+            f"make_groups: frozen must match parameters, got {pattern!r}, which matches none. "
+            f"The first of {len(leaves)} is {leaves[0][0]!r}.",
+        )
     groups = []
     start = 0
-    for name, leaf in named_arrays(params):
+    for name, leaf in leaves:
         is_router = name.endswith(("router_weight", "router_bias"))
         decays = leaf.ndim >= 2 and not name.endswith("bias") and "embedding" not in name
         groups.append(
@@ -121,6 +145,8 @@ def make_groups(params: Any, config: AdamWConfig) -> tuple[ParameterGroup, ...]:
                 stop=start + leaf.size,
                 lr_factor=config.router_lr_factor if is_router else 1.0,
                 weight_decay=config.weight_decay if decays else 0.0,
+                frozen=name.endswith("selection_bias")
+                or any(fnmatchcase(name, pattern) for pattern in config.frozen),
             )
         )
         start += leaf.size
@@ -268,14 +294,15 @@ class AdamW:
         if norm <= limit:
             return
         at = f"at step {self.t + 1}. Nothing was updated. Lower the learning rate, or look there."
-        for group in self.groups:
+        trained = [group for group in self.groups if not group.frozen]
+        for group in trained:
             if not np.isfinite(grads[group.start : group.stop]).all():
                 raise RangeError(
                     f"AdamW.step: the gradient norm must be finite, got {norm}. "
                     f"First non-finite parameter: {group.name} {at}"
                 )
         largest = max(
-            (g for g in self.groups if g.stop > g.start),
+            (g for g in trained if g.stop > g.start),
             key=lambda g: float(np.abs(grads[g.start : g.stop]).max()),
         )
         raise RangeError(
@@ -343,27 +370,21 @@ def _merge(groups: tuple[ParameterGroup, ...]) -> list[ParameterGroup]:
     merged: list[ParameterGroup] = []
     for group in groups:
         last = merged[-1] if merged else None
-        options = (group.lr_factor, group.weight_decay)
-        if last is not None and (last.lr_factor, last.weight_decay) == options:
-            merged[-1] = _sub_group(last, last.start, group.stop)
+        if last is not None and _options(last) == _options(group):
+            merged[-1] = replace(last, stop=group.stop)
         else:
             merged.append(group)
     return merged
 
 
+def _options(group: ParameterGroup) -> tuple[float, float, bool]:
+    return group.lr_factor, group.weight_decay, group.frozen
+
+
 def _chunks(groups: list[ParameterGroup]) -> list[ParameterGroup]:
     return [
-        _sub_group(group, start, min(start + CHUNK_SIZE, group.stop))
+        replace(group, start=start, stop=min(start + CHUNK_SIZE, group.stop))
         for group in groups
+        if not group.frozen
         for start in range(group.start, group.stop, CHUNK_SIZE)
     ]
-
-
-def _sub_group(group: ParameterGroup, start: int, stop: int) -> ParameterGroup:
-    return ParameterGroup(
-        name=group.name,
-        start=start,
-        stop=stop,
-        lr_factor=group.lr_factor,
-        weight_decay=group.weight_decay,
-    )

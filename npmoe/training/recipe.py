@@ -1,27 +1,39 @@
-"""The default run: a character model sized for two CPU cores and three minutes."""
+"""The default text run, options of both tasks, and how many steps fit into a time."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Literal, TypeVar
 
 from npmoe.backends import Backend
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
 from npmoe.models.config import LanguageConfig
-from npmoe.training.config import TrainConfig, text_sha256
-from npmoe.training.data import CharVocabulary, split_text
+from npmoe.training.config import RunConfig, TrainConfig, text_sha256
+from npmoe.training.data import CharVocabulary
+from npmoe.training.images import ImageData
 from npmoe.training.loop import single_threaded_blas
 from npmoe.training.optimizer import AdamWConfig
 from npmoe.training.schedules import ScheduleConfig
+from npmoe.training.tasks import prepare_data
 from npmoe.training.trainer import Trainer
 
 DEFAULT_STEPS = 1200
+SELECTION_BIAS_RATE = 0.001
+# Patterns of `AdamWConfig.frozen`.
+FROZEN_PARTS = {
+    "experts": ("*.feed_forward.gate_up_*", "*.feed_forward.down_*"),
+    "router": ("*.router_weight",),
+}
 _WARMUP_FRACTION = 0.05
+_NOISE_FRACTION = 0.5
 _CALIBRATION_STEPS = 4
 # Evaluation costs about a third of training per character; the rest is start, pictures, noise.
 _EVALUATION_COST = 0.35
 _RESERVE = 0.92
+
+C = TypeVar("C", bound=RunConfig)
 
 
 def language_recipe(
@@ -65,10 +77,7 @@ def language_recipe(
         If options are out of range.
     """
     vocabulary = CharVocabulary.from_text(text)
-    # Heads of at least 32 elements, of even size for the rotary positions.
-    num_heads = max(
-        (n for n in range(1, hidden_size // 32 + 1) if hidden_size % (2 * n) == 0), default=1
-    )
+    num_heads = choose_heads(hidden_size)
     moe = MoEConfig(
         hidden_size=hidden_size,
         intermediate_size=hidden_size,
@@ -91,11 +100,7 @@ def language_recipe(
     return TrainConfig(
         model=model.dense_variant() if dense else model,
         optimizer=AdamWConfig(),
-        schedule=ScheduleConfig(
-            steps=steps,
-            learning_rate=learning_rate,
-            warmup_steps=min(steps, max(1, round(steps * _WARMUP_FRACTION))),
-        ),
+        schedule=make_schedule(steps, learning_rate),
         characters=vocabulary.characters,
         text_source=source,
         text_sha256=text_sha256(text),
@@ -105,16 +110,99 @@ def language_recipe(
     )
 
 
-def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
-    """Return the config with another length; warm-up keeps its share."""
+def choose_heads(hidden_size: int) -> int:
+    """Return as many heads of at least 32 elements, of even size, as the hidden size allows."""
+    return max(
+        (n for n in range(1, hidden_size // 32 + 1) if hidden_size % (2 * n) == 0), default=1
+    )
+
+
+def make_schedule(steps: int, learning_rate: float) -> ScheduleConfig:
+    """Return the schedule of both recipes: warm-up over a twentieth of the steps, then a cosine."""
     warmup = min(steps, max(1, round(steps * _WARMUP_FRACTION)))
-    schedule = replace(config.schedule, steps=steps, warmup_steps=warmup)
+    return ScheduleConfig(steps=steps, learning_rate=learning_rate, warmup_steps=warmup)
+
+
+def with_steps(config: C, steps: int) -> C:
+    """Return the config with another length; warm-up and router noise keep their shares."""
+    before = config.schedule
+    schedule = replace(
+        make_schedule(steps, before.learning_rate),
+        final_factor=before.final_factor,
+        router_noise_std=before.router_noise_std,
+        router_noise_steps=_noise_steps(steps) if before.router_noise_std else 0,
+    )
     return replace(config, schedule=schedule)
 
 
+def with_options(
+    config: C,
+    *,
+    balance: Literal["loss", "bias", "none"] = "loss",
+    router_noise: float = 0.0,
+    router_lr_factor: float = 1.0,
+    freeze: Literal["experts", "router"] | None = None,
+) -> C:
+    """Return the config of an MoE run with other training of its routers.
+
+    Parameters
+    ----------
+    config : TrainConfig or VisionTrainConfig
+    balance : {"loss", "bias", "none"}
+        Auxiliary losses as in the config; a selection bias moved after every step and no
+        auxiliary loss; or neither.
+    router_noise : float
+        Standard deviation of the router noise at the start; it fades out over half of the steps.
+    router_lr_factor : float
+        Of the router's learning rate.
+    freeze : {"experts", "router"} or None
+        What stays as it begins.
+
+    Raises
+    ------
+    RangeError
+        If an option has no meaning for the model.
+    """
+    moe = config.model.moe
+    given = (balance, router_noise, router_lr_factor, freeze) != ("loss", 0.0, 1.0, None)
+    if moe is None:
+        if given:
+            raise RangeError(
+                "train: balance, router_noise, router_lr_factor and freeze must not be given with "
+                "a dense model, got one of them. It has no router."
+            )
+        return config
+    schedule = replace(
+        config.schedule,
+        router_noise_std=router_noise,
+        router_noise_steps=_noise_steps(config.steps) if router_noise else 0,
+    )
+    optimizer = replace(
+        config.optimizer,
+        router_lr_factor=router_lr_factor,
+        frozen=() if freeze is None else FROZEN_PARTS[freeze],
+    )
+    config = replace(config, schedule=schedule, optimizer=optimizer)
+    if balance == "loss":
+        return config
+    biased = balance == "bias"
+    model = replace(
+        config.model,
+        moe=replace(moe, selection_bias=biased),
+        load_balancing_coefficient=0.0,
+        z_loss_coefficient=0.0,
+    )
+    return replace(config, model=model, selection_bias_rate=SELECTION_BIAS_RATE * biased)
+
+
+def _noise_steps(steps: int) -> int:
+    """Return the first step without router noise."""
+    return max(1, round(steps * _NOISE_FRACTION))
+
+
 def steps_for_seconds(
-    config: TrainConfig,
-    text: str,
+    config: RunConfig,
+    data: str | ImageData,
     seconds: float,
     *,
     workers: int = 1,
@@ -124,9 +212,9 @@ def steps_for_seconds(
 
     Parameters
     ----------
-    config : TrainConfig
+    config : TrainConfig or VisionTrainConfig
         Its own number of steps is ignored.
-    text : str
+    data : str or ImageData
     seconds : float
         For the whole run, evaluation included.
     workers, backend
@@ -144,12 +232,14 @@ def steps_for_seconds(
     """
     if not 0 < seconds < float("inf"):
         raise RangeError(f"train: seconds must be positive and finite, got {seconds}.")
-    ids = CharVocabulary(config.characters).encode(text)
-    train_ids, val_ids = split_text(ids, config.model.context_length)
+    prepared = prepare_data(config, data)
     begin = time.perf_counter()
     with single_threaded_blas():
         trainer = Trainer(
-            with_steps(config, _CALIBRATION_STEPS + 1), train_ids, workers=workers, backend=backend
+            with_steps(config, _CALIBRATION_STEPS + 1),
+            prepared.training,
+            workers=workers,
+            backend=backend,
         )
         trainer.step()
         start = time.perf_counter()
@@ -158,7 +248,7 @@ def steps_for_seconds(
         step = (time.perf_counter() - start) / _CALIBRATION_STEPS
         trainer.close()
     spent = time.perf_counter() - begin
-    evaluation = step * _EVALUATION_COST * len(val_ids) / config.tokens_per_step
+    evaluation = step * _EVALUATION_COST * prepared.validation_tokens / config.tokens_per_step
     # Two evaluations at the end, and one every eval_every steps.
     per_step = step + evaluation / config.eval_every
     return max(1, int(((seconds - spent) * _RESERVE - 2 * evaluation) / per_step))

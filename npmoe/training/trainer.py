@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from npmoe._typing import HostArray
 from npmoe.backends import Backend
-from npmoe.models.language import LanguageParams, init_language_params, language_loss
+from npmoe.balancing import update_selection_bias
+from npmoe.errors import ShapeError
+from npmoe.params import MoEParams
 from npmoe.stats import max_violation
-from npmoe.training.config import TrainConfig
-from npmoe.training.data import batch, validation_batches
-from npmoe.training.evaluate import BatchEvaluation, Evaluation, evaluate_batch, sum_batches
+from npmoe.training.config import RunConfig
+from npmoe.training.evaluate import Evaluation
 from npmoe.training.optimizer import AdamW, AdamWState, make_groups
 from npmoe.training.schedules import learning_rate, router_noise
+from npmoe.training.tasks import make_task
 from npmoe.training.workers import Workers, shared_array
 from npmoe.tree import flatten, named_arrays, unflatten
 
 # The second number of a seed sequence tells the uses of one seed apart.
 _STEP_STREAM = 1
-_EVALUATION_BATCH = 8  # windows at a time
+_NO_GRADIENT = "selection_bias"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +35,20 @@ class StepReport:
     step : int
         The step's number, from 0.
     cross_entropy : float
-        Nats per character on the step's batch.
+        Nats per character, or per image, on the step's batch.
     auxiliary : float
         Load-balancing and z-loss as added.
     learning_rate, grad_norm : float
     tokens_per_expert : (MoE layers, E) int array
         Choices before any drop.
+    kept_per_expert : (MoE layers, E) int array
+        Rows after the drop.
     drop_rate : float
         Dropped routes divided by chosen ones.
+    router_entropy : (MoE layers,) float64 array
+        Mean over tokens of the entropy of their probabilities, in nats.
+    selection_bias_range : (MoE layers, 2) float64 array or None
+        Least and largest selection bias after the step; None without one.
     """
 
     step: int
@@ -48,7 +57,10 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     tokens_per_expert: HostArray
+    kept_per_expert: HostArray
     drop_rate: float
+    router_entropy: HostArray
+    selection_bias_range: HostArray | None
 
     @property
     def load_imbalance(self) -> float:
@@ -65,34 +77,45 @@ class Trainer:
 
     Parameters
     ----------
-    config : TrainConfig
-    ids : (N,) int array
-        The training text.
+    config : TrainConfig or VisionTrainConfig
+    data : (N,) int array or LabelledImages
+        The training text, or images.
     workers : int
         Processes that compute micro-batches at the same time; does not change the result as long
         as every BLAS call runs in one thread.
     backend : str, Backend or None
         Runs the MoE sublayers; a host backend.
+    initial : LanguageParams or VisionParams, optional
+        Copied, in place of drawn parameters; float32.
+
+    Raises
+    ------
+    ShapeError
+        If `initial` is not of the config's model.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
-        ids: HostArray,
+        config: RunConfig,
+        data: Any,
         *,
         workers: int = 1,
         backend: str | Backend | None = None,
+        initial: Any = None,
     ) -> None:
         self.config = config
-        self.ids = ids
+        self.task = make_task(config, data)
         self.backend = backend
         self.step_number = 0
-        initial, like = flatten(init_language_params(config.model, config.seed))
-        self.flat_params = shared_array(initial.shape, initial.dtype)
-        self.flat_params[...] = initial
+        drawn, like = flatten(self.task.init_params())
+        self.flat_params = shared_array(drawn.shape, drawn.dtype)
+        self.flat_params[...] = drawn
         self.params = unflatten(self.flat_params, like)
-        self._flat_grads = shared_array((config.micro_batches, initial.size), initial.dtype)
+        if initial is not None:
+            _copy_initial(self.params, initial)
+        self._flat_grads = shared_array((config.micro_batches, drawn.size), drawn.dtype)
         self._grads = [unflatten(flat, like) for flat in self._flat_grads]
+        self._biases = _selection_biases(self.params)
         self.optimizer = AdamW(
             self.flat_params, make_groups(self.params, config.optimizer), config.optimizer
         )
@@ -119,6 +142,9 @@ class Trainer:
             total += other
         rate = learning_rate(number, config.schedule)
         grad_norm = self.optimizer.step(total, rate)
+        tokens_per_expert = np.sum([r.chosen for r in results], axis=0)
+        for bias, counts in zip(self._biases, tokens_per_expert, strict=bool(self._biases)):
+            bias[...] = update_selection_bias(bias, counts, rate=config.selection_bias_rate)
         self.step_number += 1
         chosen = sum(result.chosen.sum() for result in results)
         dropped = sum(result.dropped for result in results)
@@ -128,47 +154,46 @@ class Trainer:
             auxiliary=sum(r.auxiliary for r in results) / len(results),
             learning_rate=rate,
             grad_norm=grad_norm,
-            tokens_per_expert=np.sum([r.chosen for r in results], axis=0),
+            tokens_per_expert=tokens_per_expert,
+            kept_per_expert=np.sum([r.kept for r in results], axis=0),
             drop_rate=float(dropped / chosen) if chosen else 0.0,
+            router_entropy=np.mean([r.entropy for r in results], axis=0),
+            selection_bias_range=np.array([(b.min(), b.max()) for b in self._biases], np.float64)
+            if self._biases
+            else None,
         )
 
-    def evaluate(self, ids: HostArray) -> Evaluation:
-        """Return the loss over a text; as `evaluate`, spread over the workers."""
-        pairs = list(validation_batches(ids, self.config.model.context_length, _EVALUATION_BATCH))
-        return sum_batches(self.workers.map("evaluate_part", pairs))
+    def evaluate(self, data: Any) -> Evaluation:
+        """Return the loss over other data of the task, spread over the workers."""
+        return self.task.sum(self.workers.map("evaluate_part", self.task.split(data)))
 
-    def evaluate_part(self, pair: tuple[HostArray, HostArray]) -> BatchEvaluation:
+    def evaluate_part(self, piece: Any) -> Any:
         """Evaluate one batch; runs in a worker."""
-        return evaluate_batch(self.params, self.config.model, *pair, backend=self.backend)
+        return self.task.evaluate(self.params, piece, self.backend)
 
     def compute_part(self, part: tuple[int, int]) -> _MicroResult:
         """Put the gradients of micro-batch (step, index) into its row; runs in a worker."""
         number, index = part
         config = self.config
-        inputs, targets = (
-            array[index :: config.micro_batches]
-            for array in batch(
-                self.ids, config.model.context_length, config.batch_size, config.seed, number
-            )
-        )
         moe = config.model.moe
         if moe is not None:
             noise = router_noise(number, config.schedule)
             moe = replace(moe, router_noise_std=noise)
-        result = language_loss(
-            inputs,
-            targets,
+        result = self.task.compute_loss(
             self.params,
-            config.model,
+            number,
+            index,
             rng=np.random.default_rng((config.seed, _STEP_STREAM, number, index)),
             moe=moe,
             backend=self.backend,
             out=self._grads[index],
-            scale=1.0 / config.micro_batches,
         )
-        for (_, target), (_, value) in zip(
-            named_arrays(self._grads[index]), named_arrays(result.grads), strict=True
-        ):
+        targets = [
+            leaf
+            for name, leaf in named_arrays(self._grads[index])
+            if not name.endswith(_NO_GRADIENT)  # stays 0
+        ]
+        for target, (_, value) in zip(targets, named_arrays(result.grads), strict=True):
             if target is not value:  # MoE gradients were written in place
                 target[...] = value
         stats = result.saved.load_stats()
@@ -176,7 +201,9 @@ class Trainer:
             cross_entropy=result.cross_entropy,
             auxiliary=result.auxiliary,
             chosen=np.array([s.chosen_per_expert for s in stats], dtype=np.int64),
+            kept=np.array([s.kept_per_expert for s in stats], dtype=np.int64),
             dropped=sum(s.dropped_routes for s in stats),
+            entropy=np.array([s.entropy for s in stats], dtype=np.float64),
         )
 
     def state(self) -> dict[str, HostArray]:
@@ -201,10 +228,34 @@ class _MicroResult:
     cross_entropy: float
     auxiliary: float
     chosen: HostArray
+    kept: HostArray
     dropped: int
+    entropy: HostArray
 
 
-def load_params(params: LanguageParams, arrays: dict[str, HostArray]) -> None:
+def load_params(params: Any, arrays: dict[str, HostArray]) -> None:
     """Copy the arrays ``params.<name>`` of a checkpoint into a parameter tree."""
     for name, leaf in named_arrays(params):
         leaf[...] = arrays[f"params.{name}"]
+
+
+def _selection_biases(params: Any) -> list[HostArray]:
+    """Return the selection bias of every MoE layer, in order; none if there is none."""
+    layers = (block.feed_forward for block in params.blocks)
+    biases = [layer.selection_bias for layer in layers if isinstance(layer, MoEParams)]
+    return [bias for bias in biases if bias is not None]
+
+
+def _copy_initial(params: Any, initial: Any) -> None:
+    """Copy given start values into the parameters, if they are of the same model."""
+    wanted, given = (
+        {n: (a.shape, str(a.dtype)) for n, a in named_arrays(t)} for t in (params, initial)
+    )
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise ShapeError(
+                f"train: initial.{name} must be {wanted.get(name)}, got {given.get(name)}. "
+                "It is bound by config.model."
+            )
+    for (_, target), (_, value) in zip(named_arrays(params), named_arrays(initial), strict=True):
+        target[...] = value

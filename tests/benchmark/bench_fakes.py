@@ -6,9 +6,11 @@ import dataclasses
 
 import numpy as np
 
+from accel.loopback import LoopbackBackend
 from npmoe.backends import Availability, NumpyBackend
 from npmoe.benchmark import Settings, parse_case
 from npmoe.benchmark.implementations import Implementation
+from npmoe.benchmark.memory import num_bytes
 from npmoe.benchmark.result import Sample
 from npmoe.layer import moe_backward, moe_forward
 
@@ -38,6 +40,30 @@ class KnownLimits:
     def take(self):
         taken, self.measured = self.measured, 0
         return Sample.of([1e9] * taken), Sample.of([1e8] * taken)
+
+    def text(self):
+        return "known"
+
+
+class ClockedCard(LoopbackBackend):
+    """A device that is not there; forward calls take a second, the first a hundred more."""
+
+    name = "card"
+
+    def __init__(self, clock, operands=None):
+        self.clock, self.operands, self.log = clock, operands, []
+
+    def asarray(self, x):
+        self.log.append("asarray")
+        return super().asarray(x)
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def plan_dispatch(self, *args, **options):
+        self.log.append("plan")
+        self.clock.advance(1.0 if self.log.count("plan") > 1 else 101.0)
+        return super().plan_dispatch(*args, **options)
 
 
 class ClockedBackend(NumpyBackend):
@@ -93,7 +119,7 @@ class FakePeer:
             forward=forward,
             step=step,
             rounding="float32",
-            new_gradients=True,
+            new_gradient_bytes=num_bytes(inputs.params),
             not_timed=self.not_timed,
         )
 

@@ -109,7 +109,7 @@ def test_the_routing_is_not_counted(monkeypatch):
     )
     monkeypatch.setattr(memory, "peak_resident", lambda _: None)
     for routing_bytes in (0, 30_000):
-        found = memory.measure_memory(one, "forward", inputs, routing_bytes)
+        found = memory.measure_memory(one, "forward", routing_bytes)
         assert 0 <= found.arrays - (100_000 - routing_bytes) < 2_000
         assert found.resident is None
 

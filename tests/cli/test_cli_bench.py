@@ -11,6 +11,7 @@ from conftest import assert_one_message, npmoe
 from npmoe import benchmark, get_backend
 from npmoe.backends import Availability, ReferenceBackend, registry
 from npmoe.benchmark import run as run_module
+from npmoe.benchmark.card_limits import CardLimits
 from npmoe.benchmark.implementations import GradientArrays, build_backend
 from npmoe.benchmark.limits import MeasuredLimits
 from npmoe.cli import bench as command
@@ -49,7 +50,11 @@ def quick(monkeypatch):
     def green(backend, *, name, **_):
         return Report(target=name, kind="backend", results=[], failures=[])
 
+    def small_card(card, dtype, operands, **options):
+        return CardLimits(card, dtype, operands, gemm_size=8, copy_bytes=4000, **options)
+
     monkeypatch.setattr(run_module, "MeasuredLimits", small)
+    monkeypatch.setattr(run_module, "CardLimits", small_card)
     monkeypatch.setattr(run_module, "check_backend", green)
     monkeypatch.setattr(benchmark, "PEERS", (Twin(),))
 
@@ -126,6 +131,71 @@ def test_the_default_backends_are_those_that_run_here_on_host_arrays(monkeypatch
     found = {"numpy": get_backend("numpy"), "device": get_backend("loopback")}
     monkeypatch.setattr(command, "get_backend", found.get)
     assert [backend.name for backend in command._backends(None, 1)] == ["numpy"]
+
+
+def test_a_device(tmp_path):
+    """The device that is not there, through everything that a GPU would go through."""
+    json_file = tmp_path / "r.json"
+    result = npmoe(
+        *("bench", *TINY, "--backend", "loopback", "--peers", "none", "--json", json_file),
+        *("--plot", tmp_path / "r.png"),
+    )
+    assert result.code == 0, result.err
+    assert result.out.count("\n  loopback ") == 2
+    assert "\nlimits: product of 8 in float32 with TF32 off, best of 3; copy of " in result.out
+    assert "\nthe device of loopback\n" in result.out
+    assert result.out.splitlines()[-1].startswith("Timed loopback against no peer in ")
+    values = json.loads(json_file.read_text(encoding="utf-8"))
+    assert values["machine"]["device"]["memory"].startswith("not measured: ")
+    assert values["cases"][0]["implementations"][0]["memory"] == {"arrays": None, "resident": None}
+
+
+def test_a_peer_of_devices_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = npmoe("bench", *TINY, "--backend", "loopback", "--peers", "triton-fused_moe")
+    assert_one_message(
+        result,
+        "peer 'triton-fused_moe' cannot run here: needs torch (",
+        "It needs a CUDA build of torch, and vllm or sglang.",
+    )
+    arguments = ["bench", *TINY, "--direction", "forward", "--backend", "loopback"]
+    result = npmoe(*arguments)
+    assert result.code == 0
+    assert "not timed: torch-grouped_mm: needs torch (" in result.out
+
+
+def test_precision_reaches_a_backend_that_has_the_option(monkeypatch):
+    class Rounding(ReferenceBackend):
+        def __init__(self, precision="float32"):
+            self.operands = precision
+
+    from npmoe.benchmark import threads
+
+    monkeypatch.setattr(threads, "get_backend", lambda _, **options: Rounding(**options))
+    (backend,) = command._backends("rounding", 1, "bfloat16")
+    assert backend.operands == "bfloat16"
+
+
+def test_modelled_bounds(tmp_path):
+    json_file = tmp_path / "r.json"
+    result = npmoe(
+        *("bench", "--modelled", "A100", "rtx 4090", "--case", "train_small", "12,16,24,4,2"),
+        *("--precision", "bfloat16", "--weights", "bfloat16", "--json", json_file),
+    )
+    assert result.code == 0, result.err
+    tables = result.out.split("\n\n")
+    assert len(tables) == 5
+    for table in tables[:4]:
+        assert table.startswith("MODELLED, not measured: ")
+        assert "kernels of precision bfloat16, expert weights bfloat16; blocks of " in table
+        assert [line.split()[0] for line in table.splitlines()[3:]] == ["A100", "RTX4090"]
+    assert tables[4].startswith("MODELLED: nothing of this was measured.")
+    values = json.loads(json_file.read_text(encoding="utf-8"))
+    assert [c["card"]["name"] for c in values["cases"]] == 4 * ["A100", "RTX4090"]
+    assert all(c["modelled"] for c in values["cases"])
+    result = npmoe("bench", "--modelled", "--case", "train_small", "--direction", "forward")
+    assert [line.split()[0] for line in result.out.splitlines()[3:9]] == list(benchmark.CARD_SHEETS)
+    assert "kernels of precision float32, expert weights float32; " in result.out
 
 
 def test_half_weights():
@@ -232,8 +302,28 @@ def test_a_named_peer_that_leaves_something_out_makes_the_run_incomplete(monkeyp
         (["--threads", "0"], "--threads must lie in 1.."),
         (["--threads", "100000"], "got 100000. This process may use "),
         (["--backends", "numbda"], "backend must name a known backend, got 'numbda'."),
-        (["--backends", "loopback"], "backend must work on host arrays, got 'loopback'. Peers"),
         (["--backends", "numpy,"], "--backends must be names with commas between, got 'numpy,'."),
+        (
+            ["--backends", "numpy,loopback"],
+            "backends must all work on host arrays, or all on a device, got numpy beside loopback.",
+        ),
+        (
+            ["--backend", "loopback", "--peers", "twin"],
+            "got 'twin'. Known: torch-grouped_mm, triton-fused_moe, or none.",
+        ),
+        (
+            ["--backends", "numpy", "--precision", "bfloat16"],
+            "--precision must come with backends that have this option, got 'bfloat16' for 'numpy'",
+        ),
+        (
+            ["--modelled", "RTX4090", "H1000"],
+            "--modelled must name known cards, got 'H1000'. Did you mean 'H100'? Known: A100, RTX",
+        ),
+        (["--modelled", "--precision", "fp8"], "--precision must be one of float32, tf32, "),
+        (["--modelled", "--dtype", "float64"], "--dtype must be float32 with --modelled, got fl"),
+        (["--modelled", "--backends", "numpy"], "--backends must not come with --modelled, got "),
+        (["--modelled", "--peers", "none"], "--peers must not come with --modelled, got 'none'."),
+        (["--modelled", "--plot", "r.png"], "--plot must not come with --modelled, got 'r.png'."),
         (["--peers", "tween"], "--peers must name known peers, got 'tween'. Known: twin, or none."),
         (["--peers", ""], "--peers must be names with commas between, got ''."),
         (

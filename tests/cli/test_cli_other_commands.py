@@ -124,7 +124,7 @@ def test_gradcheck_passes_and_says_so(tmp_path):
     assert values["ok"] is True
     assert 0 < values["worst_relative_error"] <= 1e-7 == values["tolerance"]
     kinds = [title.split(":")[0] for title in values["errors"]]
-    assert kinds == ["model"] * 3 + ["layer"] * 13
+    assert kinds == ["model"] * 6 + ["layer"] * 13
     every = [e for errors in values["errors"].values() for e in errors.values()]
     assert max(every) == values["worst_relative_error"]
     assert f"worst relative error {values['worst_relative_error']:.1e}" in result.out

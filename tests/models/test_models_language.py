@@ -13,6 +13,7 @@ from npmoe.config import MoEConfig
 from npmoe.errors import RangeError, ShapeError, UnsupportedError
 from npmoe.models import (
     LanguageConfig,
+    VisionConfig,
     host_backend,
     init_language_params,
     language_forward,
@@ -214,6 +215,28 @@ def test_a_dense_variant_has_no_limit_of_its_own() -> None:
     )
 
 
+def test_a_dense_variant_has_no_mixture_of_widths() -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        LanguageConfig(**SIZES, moe=MOE, moe_last=1).dense_variant()
+    assert str(caught.value) == (
+        "dense_variant: every block must have experts, got moe_every = 1 and moe_last = 1. "
+        "All dense blocks have one width."
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "last", "places"),
+    [(1, 0, [0, 1, 2, 3, 4]), (2, 0, [1, 3]), (2, 1, [3]), (1, 2, [3, 4]), (3, 1, [2])],
+)
+def test_the_experts_may_be_in_the_last_blocks_only(every, last, places):
+    sizes = {**SIZES, "num_layers": 5}
+    cfg = LanguageConfig(**sizes, moe=MOE, moe_every=every, moe_last=last)
+    assert [layer for layer in range(5) if cfg.is_moe_layer(layer)] == places
+    kinds = [type(b.feed_forward).__name__ for b in init_language_params(cfg).blocks]
+    assert [n for n, kind in enumerate(kinds) if kind == "MoEParams"] == places
+    assert cfg.num_moe_layers == len(places)
+
+
 @pytest.mark.parametrize("shared", [0, 5])
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 4, 8, 64])
 @pytest.mark.parametrize(
@@ -286,6 +309,12 @@ def test_the_dense_variant_has_the_same_active_parameters(
         ),
         ({"moe_every": 2}, "moe_every must stay 1 without moe, got 2"),
         ({"moe": MOE, "moe_every": 4}, "moe_every must be at most num_layers = 3, got 4"),
+        ({"moe_last": 1}, "moe_last must stay 0 without moe, got 1"),
+        ({"moe": MOE, "moe_last": -1}, "moe_last must be an integer of at least 0, got -1"),
+        (
+            {"moe": MOE, "moe_every": 2, "moe_last": 2},
+            "moe_last must be at most num_layers // moe_every = 1, got 2",
+        ),
         ({"moe": MOE, "hidden_size": 32}, "moe.hidden_size must equal hidden_size = 32, got 16"),
     ],
 )
@@ -333,7 +362,8 @@ def test_a_gradcheck_of_nothing_is_refused(name, value):
 
 
 def test_the_gradcheck_models_cover_every_choice():
-    configs = list(gradcheck_models().values())
+    models = list(gradcheck_models().values())
+    configs = [c for c in models if isinstance(c, LanguageConfig)]
     moes = [c.moe for c in configs]
     assert {c.norm for c in configs} == {"rms", "layer"}
     assert {c.norm_position for c in configs} == {"pre", "post"}
@@ -343,6 +373,11 @@ def test_the_gradcheck_models_cover_every_choice():
     assert {m.renormalize_drop for m in moes} == {"before", "after"}
     assert {m.drop_policy for m in moes} == {"position", "probability"}
     assert {m.expert_bias for m in moes} == {m.router_bias for m in moes} == {True, False}
+    vision = [c for c in models if isinstance(c, VisionConfig)]
+    assert {c.positions for c in vision} == {"learned", "sinusoidal"}
+    assert {c.norm_position for c in vision} == {"pre", "post"}
+    assert {c.moe.routing for c in vision} == {"token_choice", "expert_choice", "soft"}
+    assert {c.moe_last for c in vision} == {0, 1}
 
 
 def test_a_backward_refuses_what_another_kind_of_block_saved():

@@ -102,17 +102,21 @@ def test_a_later_position_changes_no_bit_of_an_earlier_output():
         assert (other[:, position + 1 :] != y[:, position + 1 :]).any()
 
 
+KINDS = [{}, {"causal": False, "rope_base": None}, {"causal": False}, {"rope_base": None}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients(shape):
+def test_gradients(shape, kind):
     x, params = drawn(shape)
 
     def f(x, qkv_proj, output_proj):
         params = AttentionParams(qkv_proj=qkv_proj, output_proj=output_proj)
-        return multihead_attention(x, params, *shape[3:])[0]
+        return multihead_attention(x, params, *shape[3:], **kind)[0]
 
     def f_backward(grad_y, x, qkv_proj, output_proj):
         params = AttentionParams(qkv_proj=qkv_proj, output_proj=output_proj)
-        saved = multihead_attention(x, params, *shape[3:])[1]
+        saved = multihead_attention(x, params, *shape[3:], **kind)[1]
         grad_x, grads = multihead_attention_backward(grad_y, saved, params)
         return grad_x, grads.qkv_proj, grads.output_proj
 
@@ -243,3 +247,36 @@ def test_bad_inputs():
         r"got \(2, 4, 8\)\.",
     ):
         multihead_attention_backward(x[:, 1:], saved, params)
+
+
+def test_without_positions_the_order_of_the_others_does_not_matter():
+    """Full attention without a turn is a function of sets; the causal or turned kinds are not."""
+    shape = (2, 5, 8, 4, 2)
+    x, params = drawn(shape)
+    order = np.array([3, 0, 4, 1, 2])
+    for kind in KINDS:
+        y = multihead_attention(x, params, 4, 2, **kind)[0]
+        moved = multihead_attention(x[:, order], params, 4, 2, **kind)[0]
+        same = np.abs(moved - y[:, order]).max() < 1e-13 * np.abs(y).max()
+        assert same == (kind == KINDS[1]), kind
+
+
+def test_full_attention_takes_no_cache():
+    x, params = drawn((1, 2, 4, 2, 1))
+    cache = KeyValueCache(batch_size=1, num_kv_heads=1, capacity=4, head_dim=2, dtype="float64")
+    with pytest.raises(
+        RangeError,
+        match=r"^multihead_attention: cache must be None with causal=False, got one\. "
+        r"Positions that are gone would have to see the new ones\.$",
+    ):
+        multihead_attention(x, params, 2, 1, causal=False, cache=cache)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_later_position_is_seen_unless_causal(kind):
+    x, params = drawn((1, 4, 8, 2, 1))
+    changed = x.copy()
+    changed[:, 3] += 1
+    one, two = (multihead_attention(a, params, 2, 1, **kind)[0][:, 0] for a in (x, changed))
+    assert (one == two).all() == kind.get("causal", True)

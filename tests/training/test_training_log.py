@@ -8,8 +8,16 @@ import sys
 import numpy as np
 import pytest
 
-from npmoe.errors import CheckpointError, RangeError
-from npmoe.training import JsonlLog, read_log
+from npmoe.errors import CheckpointError, RangeError, UnsupportedError
+from npmoe.training import (
+    JsonlLog,
+    character_class,
+    language_recipe,
+    read_log,
+    uci_digits,
+    vision_recipe,
+)
+from npmoe.training.log import input_names, specialisation
 
 
 @pytest.fixture
@@ -135,3 +143,45 @@ def test_a_full_disk_tears_only_the_last_line(log):
     assert log.path.read_bytes().endswith(b'{"ste')  # the write was really cut short
     log.truncate_after(100)
     assert [r.get("step") for r in read_log(log.path)] == [None, 0, 10, 20]
+
+
+def test_specialisation_adds_up_inputs_of_one_name():
+    served = np.arange(2 * 3 * 4).reshape(2, 3, 4)
+    table = specialisation(served, ["a", "b", "a"])
+    assert table["rows"] == ["a", "b"]
+    assert (
+        table["choices"].tolist()
+        == np.stack([served[:, 0] + served[:, 2], served[:, 1]], axis=1).tolist()
+    )
+    assert served[0, 0, 1] == 1  # not changed
+
+
+def test_input_names_of_another_config():
+    with pytest.raises(UnsupportedError, match="config must be of text or images, got object"):
+        input_names(object())
+
+
+def test_input_names():
+    text = language_recipe("aB1 " * 200, "text")
+    assert input_names(text) == [character_class(c) for c in text.characters]
+    assert set(input_names(text)) == {"lower", "upper", "digit", "space"}
+    names = input_names(vision_recipe(uci_digits()))
+    assert len(names) == 16
+    assert names[6] == "row 1, column 2"  # as patches are numbered: row by row
+
+
+def test_specialisation_survives_the_log(tmp_path):
+    log = JsonlLog(tmp_path / "log.jsonl")
+    log.append({"step": 1, "specialisation": specialisation(np.ones((1, 2, 3), int), "xy")})
+    assert read_log(log.path)[0]["specialisation"] == {
+        "rows": ["x", "y"],
+        "choices": [[[1, 1, 1], [1, 1, 1]]],
+    }
+
+
+def test_specialisation_message():
+    with pytest.raises(RangeError) as error:
+        specialisation(np.ones((1, 2, 3), int), ["x"])
+    assert str(error.value) == (
+        "specialisation: names must hold V = 2 names, got 1. V is bound by served (1, 2, 3)."
+    )

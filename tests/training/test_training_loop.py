@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from npmoe.errors import BackendUnavailableError, CheckpointError, DataError, UnsupportedError
+from npmoe.models import init_language_params
 from npmoe.training import (
     RunFolder,
     ScheduleConfig,
@@ -23,6 +24,7 @@ from npmoe.training import (
     language_recipe,
     load_checkpoint,
     load_trained,
+    load_trained_vision,
     read_config,
     read_log,
     save_checkpoint,
@@ -354,3 +356,56 @@ def test_the_seed_decides(undisturbed, tmp_path):
     (tmp_path / "first").write_bytes(undisturbed[0][0])
     other, _ = load_checkpoint(tmp_path / "first")
     assert not np.array_equal(arrays["params.embedding"], other["params.embedding"])
+
+
+def test_a_run_from_given_values_can_be_resumed_without_them(tmp_path):
+    """They are saved before anything that a resumed run looks for."""
+    start = init_language_params(make_config().model, 9)
+    whole, torn = (RunFolder.create(tmp_path / name) for name in ("whole", "torn"))
+    train(make_config(), TEXT, whole, initial=start)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(), TEXT, torn, initial=start, on_step=interrupt)
+    assert load_checkpoint(torn.checkpoint)[1] == {"step": "0"}
+    found = load_trained(torn)
+    assert found[2] == 0
+    for (_, one), (_, two) in zip(named_arrays(found[1]), named_arrays(start), strict=True):
+        assert np.array_equal(one, two)
+    train(make_config(), TEXT, torn)
+    assert contents(torn) == contents(whole)
+
+
+def interrupt(_):
+    raise KeyboardInterrupt
+
+
+def test_a_run_with_a_selection_bias_continues_bitwise(tmp_path):
+    config = make_config()
+    model = dataclasses.replace(
+        config.model, moe=dataclasses.replace(config.model.moe, selection_bias=True)
+    )
+    config = dataclasses.replace(config, model=model, selection_bias_rate=0.01)
+    one, two = (RunFolder.create(tmp_path / name) for name in ("one", "two"))
+    train(config, TEXT, one)
+    train(config, TEXT, two, should_stop=StopAt(4))
+    train(read_config(two), TEXT, two, workers=2)
+    assert contents(one) == contents(two)
+    records = read_log(one.log)
+    assert all(len(r["selection_bias_range"]) == 1 for r in records)
+    assert records[-1]["selection_bias_range"][0][1] > 0
+    assert all(len(r["router_entropy"]) == 1 for r in records)
+    arrays, _ = load_checkpoint(one.checkpoint)
+    assert np.abs(arrays["params.blocks.0.feed_forward.selection_bias"]).max() >= 0.01
+
+
+def test_a_run_of_the_other_task_is_refused(stopped):
+    document = json.loads(stopped.config.read_text(encoding="utf-8"))
+    with pytest.raises(
+        CheckpointError,
+        match=r"^load_trained_vision: .* must hold a run of task 'vision', got 'text'\. It holds "
+        r"another kind of model\.$",
+    ):
+        load_trained_vision(stopped)
+    for task in ("vision", "speech"):
+        write_text_atomic(stopped.config, json.dumps({**document, "task": task}))
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load_trained(stopped)

@@ -398,3 +398,38 @@ def test_argument_messages():
     with pytest.raises(RangeError, match=r"AdamW.load_state: t must not be negative, got -1"):
         adamw.load_state(AdamWState(m=good, v=good, t=-1))
     assert not adamw.m.any()
+
+
+def test_a_pattern_that_freezes_nothing_is_refused():
+    with pytest.raises(
+        RangeError,
+        match=r"^make_groups: frozen must match parameters, got '\*\.gate', which matches none\. "
+        r"The first of 14 is 'token_embedding'\.$",
+    ):
+        make_groups(make_model(), AdamWConfig(frozen=("*router*", "*.gate")))
+    for wrong in ("*router*", (3,)):
+        with pytest.raises(RangeError, match=r"^AdamWConfig: frozen must be a tuple of patterns"):
+            AdamWConfig(frozen=wrong)
+    assert AdamWConfig(frozen=["*"]) == AdamWConfig(frozen=("*",))
+
+
+def test_frozen_slices_keep_their_bits_and_hide_what_is_not_finite():
+    flat, model = flatten(make_model())
+    config = AdamWConfig(frozen=("blocks.0.*",))
+    groups = make_groups(model, config)
+    assert [g.frozen for g in groups] == [g.name.startswith("blocks.0.") for g in groups]
+    run = AdamW(flat, groups, config)
+    before = flat.copy()
+    grads = np.ones_like(flat)
+    still = np.zeros(flat.size, bool)
+    for group in groups:
+        still[group.start : group.stop] = group.frozen
+    grads[still] = np.nan
+    norm = run.step(grads, 0.1)
+    assert norm == math.sqrt((~still).sum())
+    assert np.array_equal(flat[still], before[still])
+    assert (flat[~still] != before[~still]).all()
+    assert not run.m[still].any()
+    grads[~still] = np.inf
+    with pytest.raises(RangeError, match="First non-finite parameter: token_embedding"):
+        run.step(grads, 0.1)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from npmoe.errors import RangeError
 from npmoe.models import init_language_params
-from npmoe.training import language_recipe, recipe, steps_for_seconds, with_steps
+from npmoe.training import (
+    Trainer,
+    language_recipe,
+    recipe,
+    steps_for_seconds,
+    with_options,
+    with_steps,
+)
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
 
@@ -93,3 +103,45 @@ def test_the_budget_holds_training_and_evaluation(monkeypatch, step, seconds):
 def test_a_budget_must_be_a_time(seconds):
     with pytest.raises(RangeError, match=f"seconds must be positive and finite, got {seconds}"):
         steps_for_seconds(tiny(), TEXT, seconds)
+
+
+def test_options_of_the_router():
+    config = tiny(steps=101)
+    assert with_options(config) == config
+    noisy = with_options(config, router_noise=0.5)
+    assert (noisy.schedule.router_noise_std, noisy.schedule.router_noise_steps) == (0.5, 50)
+    longer = with_steps(noisy, 1000).schedule
+    assert (longer.router_noise_std, longer.router_noise_steps, longer.warmup_steps) == (
+        0.5,
+        500,
+        50,
+    )
+    assert with_options(config, router_lr_factor=0.1).optimizer.router_lr_factor == 0.1
+    assert with_options(config, balance="none").model == replace(
+        config.model, load_balancing_coefficient=0.0, z_loss_coefficient=0.0
+    )
+    biased = with_options(config, balance="bias")
+    assert biased.model.moe == replace(config.model.moe, selection_bias=True)
+    assert biased.model.load_balancing_coefficient == biased.model.z_loss_coefficient == 0
+    assert biased.selection_bias_rate == recipe.SELECTION_BIAS_RATE
+
+
+@pytest.mark.parametrize("freeze", ["experts", "router"])
+def test_what_is_frozen(freeze):
+    config = with_options(tiny(), freeze=freeze)
+    ids = np.zeros(200, np.int32)
+    run = Trainer(config, ids)
+    run.close()
+    frozen = {g.name.rpartition(".")[2] for g in run.optimizer.groups if g.frozen}
+    assert frozen == {"experts": {"gate_up_proj", "down_proj"}, "router": {"router_weight"}}[freeze]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"balance": "bias"}, {"router_noise": 0.1}, {"router_lr_factor": 0.0}, {"freeze": "router"}],
+)
+def test_a_dense_model_has_no_router(option):
+    config = tiny(dense=True)
+    assert with_options(config) is config
+    with pytest.raises(RangeError, match=r"^train: balance, router_noise, .* a dense model, got"):
+        with_options(config, **option)

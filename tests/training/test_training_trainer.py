@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
 from npmoe.config import MoEConfig
-from npmoe.errors import CheckpointError, RangeError, UnsupportedError
+from npmoe.errors import CheckpointError, RangeError, ShapeError, UnsupportedError
 from npmoe.models import LanguageConfig, init_language_params, language_forward
 from npmoe.stats import max_violation
 from npmoe.testing.bounds import assert_within, gamma
@@ -21,10 +22,11 @@ from npmoe.training import (
     batch,
     evaluate,
     split_text,
-    trainer,
+    tasks,
 )
 from npmoe.training.config import text_sha256
 from npmoe.training.loop import single_threaded_blas
+from npmoe.tree import named_arrays
 
 TEXT = "".join(np.random.default_rng(0).choice(list("abcdefg .\n"), 900))
 IDS = CharVocabulary.from_text(TEXT).encode(TEXT)
@@ -110,7 +112,7 @@ def test_micro_batches_average_to_the_gradient_of_the_batch(monkeypatch, micro_b
     def wide(cfg, seed):
         return init_language_params(cfg, seed, "float64")
 
-    monkeypatch.setattr(trainer, "init_language_params", wide)
+    monkeypatch.setattr(tasks, "init_language_params", wide)
     moments, losses = [], []
     for parts in (1, micro_batches):
         config = make_config(
@@ -173,14 +175,14 @@ def test_a_step_that_is_not_finite_changes_nothing(monkeypatch, what, workers):
         if what == "logits":
             run.params.blocks[0].feed_forward.router_weight[0, 0] = np.nan
         else:
-            real = trainer.language_loss
+            real = tasks.language_loss
 
             def spoilt(*args, **kwargs):
                 result = real(*args, **kwargs)
                 result.grads.embedding[3, 3] = np.nan
                 return result
 
-            monkeypatch.setattr(trainer, "language_loss", spoilt)
+            monkeypatch.setattr(tasks, "language_loss", spoilt)
         before, number = copied(run), run.step_number
         with pytest.raises(RangeError, match=r"finite|NaN"):
             run.step()
@@ -337,15 +339,167 @@ def test_a_wrong_config_says_what_is_wrong(change, words):
         make_config(**change)
 
 
-def test_a_selection_bias_would_never_move():
-    config = make_config()
+def biased(rate=0.01, **options):
+    """Return a config balanced by a selection bias alone."""
+    config = make_config(plain=True, **options)
     moe = dataclasses.replace(config.model.moe, selection_bias=True)
+    model = dataclasses.replace(config.model, moe=moe)
+    return dataclasses.replace(config, model=model, selection_bias_rate=rate)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_selection_bias_moves_against_the_load_of_every_step(workers):
+    """Spelled out: a rate up for experts below the mean, down above, by all parts of the step."""
+    config = biased(micro_batches=4)
+    want = np.zeros((2, 4), np.float32)
+    with single_threaded_blas():
+        run = Trainer(config, IDS, workers=workers)
+        for _ in range(6):
+            report = run.step()
+            for layer, counts in enumerate(report.tokens_per_expert):
+                assert counts.sum() == 8 * 8 * 2
+                for expert, count in enumerate(counts):
+                    want[layer, expert] += np.float32(0.01 * np.sign(counts.mean() - count))
+            found = [block.feed_forward.selection_bias for block in run.params.blocks]
+            assert np.array_equal(np.array(found), want)
+            range_now = np.array([(b.min(), b.max()) for b in want], np.float64)
+            assert np.array_equal(report.selection_bias_range, range_now)
+        moments = run.optimizer.state()
+        run.close()
+    assert np.abs(want).max() > 0.01
+    names = [name for name in run.state() if name.endswith("selection_bias")]
+    assert len(names) == 2
+    groups = [g for g in run.optimizer.groups if g.name.endswith("selection_bias")]
+    assert [g.frozen for g in groups] == [True, True]
+    assert not any(moments.m[g.start : g.stop].any() for g in groups)
+
+
+def test_the_selection_bias_is_part_of_the_state():
+    config = biased(rate=0.05)
+    run, _ = made(config, 4)
+    state = copied(run)
+    with single_threaded_blas():
+        after = [run.step() for _ in range(3)]
+        other = Trainer(config, IDS, workers=2)
+        other.load_state(state, 4)
+        again = [other.step() for _ in range(3)]
+        other.close()
+    assert repr(after) == repr(again)
+    assert_same_bits(run.state(), other.state())
+
+
+def test_a_selection_bias_balances():
+    """Two experts that begin with almost every choice lose them, and keep them without."""
+    loads = []
+    for rate in (0.01, 1e-9):
+        with single_threaded_blas():
+            run = Trainer(biased(rate=rate), IDS)
+            for block in run.params.blocks:
+                block.feed_forward.selection_bias[:2] = 0.25
+            imbalances = [run.step().load_imbalance for _ in range(40)]
+            run.close()
+        loads.append(np.mean(imbalances[-8:]))
+    assert loads[0] < 0.5
+    assert loads[1] > 0.8
+
+
+def test_a_selection_bias_and_its_rate_come_together():
+    config = biased()
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(RangeError) as caught:
+            dataclasses.replace(config, selection_bias_rate=wrong)
+        assert str(caught.value) == (
+            "TrainConfig: selection_bias_rate must be positive with model.moe.selection_bias=True "
+            f"and 0 without, got {wrong} with True. The bias moves by it after every step."
+        )
+    for dense in (False, True):
+        with pytest.raises(RangeError, match=r"selection_bias_rate must be .* 0\.1 with False"):
+            make_config(dense=dense, selection_bias_rate=0.1)
+
+
+def test_identity_experts_are_not_balanced_by_a_bias():
+    config = biased()
+    moe = dataclasses.replace(config.model.moe, num_identity_experts=1)
     with pytest.raises(UnsupportedError) as caught:
         dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
     assert str(caught.value) == (
-        "TrainConfig: model.moe.selection_bias must be False, got True. Nothing would update it: "
-        "the trainer balances by its auxiliary loss."
+        "TrainConfig: model.moe.num_identity_experts must be 0 with selection_bias=True, got 1. "
+        "Balancing counts the experts that compute."
     )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "kinds"),
+    [
+        (("*.router_weight",), {"router_weight"}),
+        (("*.gate_up_proj", "*.down_proj"), {"gate_up_proj", "down_proj"}),
+        (("embedding", "final_norm.*"), {"embedding", "final_norm.weight"}),
+    ],
+)
+def test_frozen_parameters_stay_and_the_others_train(patterns, kinds):
+    config = make_config(optimizer=AdamWConfig(frozen=patterns))
+    before = dict(named_arrays(init_language_params(config.model, config.seed)))
+    run, _ = made(config, 3, workers=2)
+    still = {n for n, a in named_arrays(run.params) if np.array_equal(a, before[n])}
+    assert still == {n for n in before if n.endswith(tuple(kinds))}
+
+
+def test_the_gradients_of_frozen_parameters_do_not_clip_the_others():
+    free = make_config(plain=True, optimizer=AdamWConfig(grad_clip=1e-3))
+    frozen = dataclasses.replace(free.optimizer, frozen=("embedding",))
+    norms = []
+    for config in (free, dataclasses.replace(free, optimizer=frozen)):
+        run, (report,) = made(config, 1)
+        norms.append(report.grad_norm)
+        groups = [g for g in run.optimizer.groups if g.name == "embedding"]
+        flat = run._flat_grads[0].astype("f8")
+    ((start, stop),) = [(g.start, g.stop) for g in groups]
+    rest = np.concatenate([flat[:start], flat[stop:]])
+    assert abs(norms[1] - np.sqrt((rest**2).sum())) <= gamma(2 * rest.size, "float64") * norms[1]
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_given_start_values_are_copied():
+    config = make_config(plain=True)
+    start = init_language_params(config.model, 77)
+    run = Trainer(config, IDS, initial=start)
+    for (_, one), (_, two) in zip(named_arrays(run.params), named_arrays(start), strict=True):
+        assert np.array_equal(one, two)
+        assert not np.shares_memory(one, two)
+    run.close()
+    with pytest.raises(ShapeError) as caught:
+        Trainer(config, IDS, initial=init_language_params(config.model.dense_variant()))
+    assert str(caught.value).startswith(
+        "train: initial.blocks.0.feed_forward.down_proj must be ((4"
+    )
+    assert str(caught.value).endswith("It is bound by config.model.")
+    with pytest.raises(ShapeError, match=r"float32.*, got .*float64"):
+        Trainer(config, IDS, initial=init_language_params(config.model, 0, "float64"))
+
+
+def test_a_config_and_data_of_different_tasks():
+    with pytest.raises(RangeError, match=r"^train: config must be a TrainConfig or VisionTrainC"):
+        Trainer(None, IDS)
+    with pytest.raises(RangeError, match=r"^train: data must be a str with a TrainConfig, got nda"):
+        tasks.prepare_data(make_config(), IDS)
+
+
+def test_a_document_without_a_task_is_one_of_text():
+    """As it was written before there were two."""
+    config = make_config(plain=True)
+    values = json.loads(config.to_json())
+    assert values.pop("task") == "text"
+    for name in ("selection_bias_rate",):
+        del values[name]
+    del values["model"]["moe_last"], values["optimizer"]["frozen"]
+    assert TrainConfig.from_json(json.dumps(values)) == config
+    values["task"] = "vision"
+    with pytest.raises(
+        CheckpointError,
+        match=r"^TrainConfig\.from_json: FILE must be the config\.json of a run of task 'text', "
+        r"got 'vision'\. It holds another kind of model\.$",
+    ):
+        TrainConfig.from_json(json.dumps(values), "FILE")
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ SPECIAL = {
     "%smid": "0u",
     "%nsmid": "1u",
     "%gridid": "0ull",
+    "%dynamic_smem_size": "T.launch->dynamic_shared",
     "WARP_SZ": "32u",
 }
 SPACES = ("global", "shared", "local", "const", "param")

@@ -195,6 +195,13 @@ mul.wide.u32 %rd3, %r4, 48; add.s64 %rd3, %rd1, %rd3;
         assert list(out[at]) == [x, y, z, 2, 3, 4, bx, by, bz, 3, 2, 2]
 
 
+def test_special_register_of_dynamic_shared_memory():
+    text = kernel("mov.u32 %r5, %dynamic_smem_size; st.global.u32 [%rd1], %r5;")
+    out = np.zeros(1, np.uint32)
+    ptx.launch(text, "k", 1, 1, [out], shared_mem=48)
+    assert out[0] == 48
+
+
 def test_lanes_that_have_exited_are_excused():
     text = kernel(
         """
