@@ -34,7 +34,7 @@ class Products:
     @classmethod
     def of(cls, device: Device, tiling: Tiling, plan: DispatchPlan, dtype: Any) -> Products:
         """Return those of a plan, with the block size for its load."""
-        if np.dtype(dtype) == np.float64:
+        if tiling.operand is not None and np.dtype(dtype) == np.float64:
             tiling = SIMT  # nothing is rounded to less than a half of what it is
         size = tiling.block_size(plan.num_tokens * plan.top_k, plan.num_experts)
         return cls(device, tiling, plan, view_blocks(device, plan, size), np.dtype(dtype))

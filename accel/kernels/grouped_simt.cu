@@ -22,7 +22,8 @@ extern "C" __global__ void __launch_bounds__(256, 3) grouped_gemm(GROUPED_ARGUME
     if ((int64)block * BLOCK_M >= num_tokens_post_padded[0]) return;
     const int e = expert_ids[block];
     if (e < 0) return;
-    const int t = threadIdx.x, tx = t % 16, ty = t / 16;
+    const uint32 t = threadIdx.x, tx = t % 16, ty = t / 16;
+    __builtin_assume(t < 256);
     if (t < BLOCK_M) {
         int p = sorted_token_ids[(int64)block * BLOCK_M + t];
         routes[t] = p;
@@ -35,20 +36,23 @@ extern "C" __global__ void __launch_bounds__(256, 3) grouped_gemm(GROUPED_ARGUME
     const WEIGHT *w = weight + (int64)e * columns * K;
     REAL sums[ROWS][4] = {};
     for (int k0 = 0; k0 < K; k0 += DEPTH) {
-        for (int i = t; i < DEPTH * BLOCK_M; i += 256) {
-            int k = i % DEPTH, r = i / DEPTH, source = sources[r];
-            bool inside = source >= 0 && k0 + k < K;
+#pragma unroll
+        for (int j = 0; j < ROWS; j++) {
+            const int k = tx, r = ty + 16 * j, source = sources[r];
+            const bool inside = source >= 0 && k0 + k < K;
             xs[k * STRIDE_X + r] = inside ? x[(int64)source * K + k0 + k] : REAL(0);
         }
-        for (int i = t; i < DEPTH * TILE_N; i += 256) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
             // Neighbouring threads read neighbouring numbers of either layout.
-            int k = TRANSPOSED ? i / TILE_N : i % DEPTH, c = TRANSPOSED ? i % TILE_N : i / DEPTH;
-            int n = column_of<TILE_N>(tile, c, columns);
-            int64 at = TRANSPOSED ? (int64)(k0 + k) * columns + n : (int64)n * K + k0 + k;
+            const int k = TRANSPOSED ? t / TILE_N + 4 * j : tx;
+            const int c = TRANSPOSED ? t % TILE_N : ty + 16 * j;
+            const int n = column_of<TILE_N>(tile, c, columns);
+            const int64 at = TRANSPOSED ? (int64)(k0 + k) * columns + n : (int64)n * K + k0 + k;
             ws[k * STRIDE_W + c] = n >= 0 && k0 + k < K ? REAL(widen(w[at])) : REAL(0);
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll 4
         for (int k = 0; k < DEPTH; k++) {
             REAL a[ROWS], b[4];
             for (int r = 0; r < ROWS; r++) a[r] = xs[k * STRIDE_X + ty + 16 * r];

@@ -14,7 +14,7 @@
 #define CHUNK 512
 
 // The expert of a route: its id, or the map's number for it; -1 if it has no row.
-DEVICE int expert_of(const int *topk_ids, const int *expert_map, int p, int num_ids) {
+DEVICE int expert_of(const int *topk_ids, const int *expert_map, uint32 p, int num_ids) {
     int id = topk_ids[p];
     if (id < 0 || id >= num_ids) return -1;
     return expert_map ? expert_map[id] : id;
@@ -28,8 +28,8 @@ extern "C" __global__ void __launch_bounds__(256)
     extern __shared__ int found[];  // (num_experts,)
     for (int e = threadIdx.x; e < num_experts; e += 256) found[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < CHUNK; i += 256) {
-        int64 p = (int64)blockIdx.x * CHUNK + i;
+    for (int i = 0; i < CHUNK; i += 256) {
+        const uint32 p = blockIdx.x * CHUNK + i + threadIdx.x;
         if (p >= num_routes) break;
         int id = topk_ids[p], e = expert_of(topk_ids, expert_map, p, num_ids);
         if (e >= 0) atomicAdd(&found[e], 1);
@@ -40,22 +40,25 @@ extern "C" __global__ void __launch_bounds__(256)
         counts[(int64)blockIdx.x * num_experts + e] = found[e];
 }
 
-// The sum of what lower threads of the block bring; `total` is that of all.
-DEVICE int scan_block(int value, int *warps, int &total) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int upto = value;
+// The sum of what lanes up to this one bring.
+DEVICE int scan_warp(int value) {
+    const int lane = threadIdx.x % 32;
     for (int step = 1; step < 32; step *= 2) {
-        int below = __shfl_up_sync(0xffffffffu, upto, step);
-        if (lane >= step) upto += below;
+        int below = __shfl_up_sync(0xffffffffu, value, step);
+        if (lane >= step) value += below;
     }
+    return value;
+}
+
+// The sum of what lower threads of the block, of 32 warps, bring; `total` is that of all.
+DEVICE int scan_block(int value, int *warps, int &total) {
+    const uint32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int upto = scan_warp(value);
     if (lane == 31) warps[warp] = upto;
     __syncthreads();
-    int before = 0;
-    total = 0;
-    for (int w = 0; w < 32; w++) {
-        if (w < warp) before += warps[w];
-        total += warps[w];
-    }
+    const int own = warps[warp], sums = scan_warp(warps[lane]);
+    total = __shfl_sync(0xffffffffu, sums, 31);
+    const int before = __shfl_sync(0xffffffffu, sums, warp) - own;
     __syncthreads();
     return before + upto - value;
 }
@@ -65,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(1024)
                  int *__restrict__ expert_offsets) {
     __shared__ int warps[32];
     int begin = 0, total;
+#pragma unroll 1
     for (int first = 0; first < num_experts; first += 1024) {
         int e = first + threadIdx.x, routes = 0;
         if (e < num_experts)
@@ -90,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(32)
     const int lane = threadIdx.x, num_rows = expert_offsets[num_experts];
     int *next = counts + (int64)blockIdx.x * num_experts;
     for (int i = 0; i < CHUNK; i += 32) {
-        const int64 p = (int64)blockIdx.x * CHUNK + i + lane;
+        const uint32 p = blockIdx.x * CHUNK + i + lane;
         const bool is_route = p < num_routes;
         const int e = is_route ? expert_of(topk_ids, expert_map, p, num_ids) : -1;
         const uint32 same = __match_any_sync(0xffffffffu, e);
@@ -115,6 +119,7 @@ extern "C" __global__ void __launch_bounds__(1024)
                 int *__restrict__ block_offsets, int *__restrict__ num_tokens_post_padded) {
     __shared__ int warps[32];
     int begin = 0, total;
+#pragma unroll 1
     for (int first = 0; first < num_experts; first += 1024) {
         int e = first + threadIdx.x, blocks = 0;
         if (e < num_experts)
@@ -135,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(256)
                 const int *__restrict__ block_offsets, const int *__restrict__ labels,
                 int num_experts, int block_size, int num_routes, int entries, int blocks,
                 int *__restrict__ sorted_token_ids, int *__restrict__ expert_ids) {
-    const int64 i = (int64)blockIdx.x * 256 + threadIdx.x;
-    const int b = i / block_size, at = i % block_size;
+    const uint32 i = blockIdx.x * 256 + threadIdx.x;
+    const int b = i / (uint32)block_size, at = i % (uint32)block_size;
     if (b >= blocks) return;
     int e = -1, entry = num_routes;
     if (b < block_offsets[num_experts]) {

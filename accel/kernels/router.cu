@@ -7,6 +7,9 @@
 // of the chosen logits alone. A row whose largest logit is not finite (NaN counts as largest) is
 // broken; a masked row may hold anything. Both get probs 0 and weights 0; ids are -1, but 0..K-1 in
 // a broken row under the policy CLAMP. `broken` is set under the policy RAISE.
+//
+// But for the first, loops stay loops: what they read is near, and unrolled the kernel is twice
+// as long.
 #include "curves.cuh"
 
 enum { SOFTMAX, SIGMOID, SQRTSOFTPLUS };
@@ -57,7 +60,9 @@ extern "C" __global__ void __launch_bounds__(128)
     const bool usable = __all_sync(0xffffffffu, numbers) && top > -infinity && top < infinity;
     if (lane == 0) valid[t] = !masked && usable;
     if (masked || !usable) {
+#pragma unroll 1
         for (int e = lane; e < num_experts; e += 32) probs[t * num_experts + e] = 0;
+#pragma unroll 1
         for (int k = lane; k < top_k; k += 32) {
             ids[t * top_k + k] = !masked && policy == CLAMP ? k : -1;
             weights[t * top_k + k] = 0;
@@ -67,11 +72,13 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 
     REAL total = 0;
+#pragma unroll 1
     for (int e = lane; e < num_experts; e += 32) {
         scores[e] = score(score_fn, x[e], top);
         total += scores[e];
     }
     total = warp_sum(total);
+#pragma unroll 1
     for (int e = lane; e < num_experts; e += 32) {
         if (score_fn == SOFTMAX) scores[e] /= total;
         probs[t * num_experts + e] = scores[e];
@@ -79,11 +86,13 @@ extern "C" __global__ void __launch_bounds__(128)
     __syncwarp();
 
     // The next choice is the largest key behind the last one, in the order (key down, expert up).
-    REAL last_key = infinity, chosen_total = 0, chosen_top = 0;
+    REAL last_key = infinity, chosen_total = 0, chosen_top = -infinity;
     int last = -1;
+#pragma unroll 1
     for (int k = 0; k < top_k; k++) {
         REAL best_key = 0;
         int best = -1;
+#pragma unroll 1
         for (int e = lane; e < num_experts; e += 32) {
             REAL key = by_logits ? x[e] : scores[e];
             if (bias) key += bias[e];
@@ -101,7 +110,6 @@ extern "C" __global__ void __launch_bounds__(128)
         if (best < 0) {  // a key that is not a number: the bias's doing
             if (lane == 0) atomicExch(broken, 1);
         } else if (among_chosen) {
-            if (k == 0) chosen_top = x[best];
             chosen_top = x[best] > chosen_top ? x[best] : chosen_top;
             weight = x[best];  // for now
         } else {
@@ -114,14 +122,16 @@ extern "C" __global__ void __launch_bounds__(128)
 
     REAL *w = weights + t * top_k;
     if (among_chosen) {
-        // Only what can never be chosen was chosen: no weight.
+        // Nothing was chosen, or only what can never be: no weight.
         const bool some = chosen_top > -infinity;
         REAL sum = 0;
+#pragma unroll 1
         for (int k = 0; k < top_k; k++) {
             w[k] = some && ids[t * top_k + k] >= 0 ? exponential(w[k] - chosen_top) : REAL(0);
             sum += w[k];
         }
         chosen_total = 0;
+#pragma unroll 1
         for (int k = 0; k < top_k; k++) {
             w[k] = some ? w[k] / sum : REAL(0);
             chosen_total += w[k];
@@ -132,5 +142,6 @@ extern "C" __global__ void __launch_bounds__(128)
         divisor = eps_is_maximum ? (chosen_total > eps ? chosen_total : eps) : chosen_total + eps;
         if (!(divisor > 0)) divisor = 1;
     }
+#pragma unroll 1
     for (int k = 0; k < top_k; k++) w[k] = w[k] / divisor * factor;
 }

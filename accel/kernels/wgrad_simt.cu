@@ -14,14 +14,17 @@ extern "C" __global__ void __launch_bounds__(256, 3)
                   const int *__restrict__ pair_ids, const int *__restrict__ expert_offsets,
                   int top_k, int M, int N, REAL *__restrict__ out, int accumulate) {
     __shared__ REAL gs[DEPTH][TILE + 1], xs[DEPTH][TILE + 1];
-    const int t = threadIdx.x, tx = t % 16, ty = t / 16, e = blockIdx.z;
+    const uint32 t = threadIdx.x, tx = t % 16, ty = t / 16;
+    __builtin_assume(t < 256);
+    const int e = blockIdx.z;
     const int n0 = blockIdx.x * TILE, m0 = blockIdx.y * TILE;
     const int begin = expert_offsets[e], end = expert_offsets[e + 1];
 
     REAL sums[4][4] = {};
     for (int r0 = begin; r0 < end; r0 += DEPTH) {
-        for (int i = t; i < DEPTH * TILE; i += 256) {
-            int d = i / TILE, c = i % TILE, r = r0 + d;
+#pragma unroll
+        for (int j = 0; j < DEPTH * TILE / 256; j++) {
+            const int d = t / TILE + 4 * j, c = t % TILE, r = r0 + d;
             int token = GATHER && r < end ? pair_ids[r] / top_k : r;
             int64 gr = GATHER == 2 ? token : r, xr = GATHER == 1 ? token : r;
             gs[d][c] = r < end && m0 + c < M ? grad_y[gr * M + m0 + c] : REAL(0);
