@@ -60,6 +60,11 @@ class NumbaBackend(ReferenceBackend):
             np.dtype(name): Engine(team, name, skinny_rows) for name in ("float32", "float64")
         }
 
+    def release(self) -> None:
+        """Free the memory that is kept from one call to the next."""
+        for engine in self._engines.values():
+            engine.release()
+
     def _engine(self, name: str, array: HostArray) -> Engine:
         """Return the engine of an array's dtype, which decides a verb's."""
         engine = self._engines.get(array.dtype)

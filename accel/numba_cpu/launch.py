@@ -194,6 +194,10 @@ class Engine:
         if memory.nbytes <= _KEPT and not self._kept:
             self._kept.append(memory)
 
+    def release(self) -> None:
+        """Free what `temporary` keeps."""
+        self._kept.clear()
+
     def project_back(
         self, a: HostArray, base: int, weight: HostArray, group: Group, y: HostArray
     ) -> None:

@@ -40,6 +40,8 @@ class Implementation:
         What it rounds to where the experts' products begin.
     to_host : callable
         Copies one of its arrays to the host.
+    release : callable
+        Frees what it keeps between calls, so that a call's peak holds all it needs.
     peak : callable or None
         Returns the peak bytes of a call on a device; None: it computes on the host.
     """
@@ -53,6 +55,7 @@ class Implementation:
     not_timed: dict[Direction, str]
     operands: str | None = None
     to_host: Callable[[Array], HostArray] = np.asarray
+    release: Callable[[], None] = lambda: None
     peak: Callable[[Callable[[], object]], int | None] | None = None
 
     def call(self, direction: Direction) -> Callable[[], Array | MoEGrads]:
@@ -125,5 +128,6 @@ def build_backend(
         not_timed={},
         operands=backend.operands,
         to_host=backend.asnumpy,
+        release=getattr(backend, "release", lambda: None),
         peak=None if card is None else card.peak,
     )

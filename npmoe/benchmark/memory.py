@@ -80,7 +80,9 @@ def measure_memory(one: Implementation, direction: Direction, routing_bytes: int
     if direction == "forward+backward":
         beyond += one.new_gradient_bytes
     counted = not one.is_peer and one.peak is None
+    one.release()
     arrays = max(0, peak_arrays(call) - beyond) if counted else None
+    one.release()
     resident = peak_resident(call) if one.peak is None else one.peak(call)
     return Memory(arrays=arrays, resident=None if resident is None else max(0, resident - beyond))
 

@@ -56,6 +56,8 @@ def extra_floats(size: tuple[int, ...], dtype: str = "float32", **options: Any) 
     item = np.dtype(dtype).itemsize
     kept = sum(memory.nbytes for memory in backend._engines[np.dtype(dtype)]._kept)
     assert kept
+    backend.release()
+    assert not backend._engines[np.dtype(dtype)]._kept
     rows = plan.num_rows
     most = int(plan.tokens_per_expert.max())
     return {

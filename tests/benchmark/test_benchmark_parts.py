@@ -11,6 +11,7 @@ import pytest
 from bench_fakes import Clock, KnownLimits, settings
 
 from npmoe.benchmark import machine, memory, parse_case, threads
+from npmoe.benchmark.implementations import Implementation
 from npmoe.benchmark.limits import MeasuredLimits
 from npmoe.benchmark.result import Sample
 from npmoe.benchmark.rounds import time_in_turn
@@ -285,3 +286,25 @@ def test_work_of_this_process_is_not_elsewhere():
     # Others may work meanwhile, on all cores; this process's 0.3 s must not count as theirs.
     elapsed = os.times().elapsed - own.elapsed
     assert after - before < (os.cpu_count() or 1) * elapsed - 0.2
+
+
+def test_kept_memory_counts_as_memory_of_a_call():
+    kept = []
+
+    def call():
+        if not kept:
+            kept.append(np.zeros(1_000_000, np.int8))
+        return np.zeros(1)
+
+    one = Implementation(
+        name="keeps",
+        is_peer=False,
+        forward=call,
+        step=call,
+        rounding="float32",
+        new_gradient_bytes=0,
+        not_timed={},
+        release=kept.clear,
+    )
+    call()
+    assert memory.measure_memory(one, "forward", 0).arrays >= 1_000_000
