@@ -27,13 +27,14 @@ from npmoe.backends import (
 )
 
 ROOT = Path(npmoe.__file__).resolve().parents[1]
-FIRST_PARTY = ["cupy", "loopback", "numba", "numpy", "reference"]
+FIRST_PARTY = ["cupy", "loopback", "numba", "numba_cuda", "numpy", "reference"]
 NUMBA_MISSING = importlib.util.find_spec("numba") is None
 # Whether there is a device can only be asked.
 NO_DEVICE = not npmoe.available_backends()["cupy"].ok
 UNUSABLE = {
     "numba": (NUMBA_MISSING, "needs the extra npmoe[numba]: numba"),
     "cupy": (NO_DEVICE, "needs a CUDA device and npmoe[cuda13]: cupy"),
+    "numba_cuda": (NO_DEVICE, "needs a CUDA device and npmoe[cuda13]: numba-cuda"),
 }
 USABLE = [name for name in FIRST_PARTY if not UNUSABLE.get(name, (False,))[0]]
 usable = pytest.mark.parametrize(
@@ -103,14 +104,14 @@ def message(error: type[Exception], *arguments: Any, **options: Any) -> str:
 def test_unknown_name(typo: str, meant: str, points: list[Any]) -> None:
     assert message(RangeError, typo) == (
         f"get_backend: backend must name a known backend, got {typo!r}. Did you mean {meant!r}? "
-        "Known: cupy, loopback, numba, numpy, reference."
+        "Known: cupy, loopback, numba, numba_cuda, numpy, reference."
     )
 
 
 def test_unknown_name_without_a_guess(points: list[Any]) -> None:
     assert message(RangeError, "zzz") == (
         "get_backend: backend must name a known backend, got 'zzz'. "
-        "Known: cupy, loopback, numba, numpy, reference."
+        "Known: cupy, loopback, numba, numba_cuda, numpy, reference."
     )
 
 

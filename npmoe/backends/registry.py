@@ -23,6 +23,7 @@ _FIRST_PARTY = {
     "numpy": "npmoe.backends.numpy_backend:NumpyBackend",
     "numba": "accel.numba_cpu:NumbaBackend",
     "cupy": "accel.cupy_raw:CupyBackend",
+    "numba_cuda": "accel.numba_cuda:NumbaCudaBackend",
     "loopback": "accel.loopback:LoopbackBackend",
 }
 
