@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from accel.device.backend import DeviceBackend
-from accel.device.kernel import Device
-from accel.device.tilings import SIMT, tensor_cores
 from npmoe.backends import Availability
 from npmoe.errors import RangeError
 
+from ..device.backend import DeviceBackend
+from ..device.kernel import Device
+from ..device.tilings import SIMT, tensor_cores
 from .cupy_device import CupyDevice, cupy_availability
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]

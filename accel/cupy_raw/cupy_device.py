@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from accel.device.kernel import InOut, Kernel, Out, Size
-from accel.device.source import compiler_options, read_source
 from npmoe._typing import Array, HostArray
 from npmoe.backends import Availability
 from npmoe.errors import BackendUnavailableError, NpmoeError, UnsupportedError
+
+from ..device.kernel import InOut, Kernel, Out, Size
+from ..device.source import compiler_options, read_source
 
 _OLDEST = (8, 0)  # the first architecture with cp.async
 _STATIC_SHARED = 48 * 1024  # more must be asked for

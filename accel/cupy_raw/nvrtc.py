@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from accel.device.code_cache import keep_code
-from accel.device.kernel import Kernel
-from accel.device.source import compiler_options, read_source
 from npmoe.errors import BackendUnavailableError, NpmoeError
+
+from ..device.code_cache import keep_code
+from ..device.kernel import Kernel
+from ..device.source import compiler_options, read_source
 
 
 class KernelCompileError(NpmoeError):

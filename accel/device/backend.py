@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from accel.curve import curve_of
 from npmoe import dispatch, ops, routing
 from npmoe._typing import Array, HostArray
 from npmoe.backends import ExpertGrads, ReferenceBackend
@@ -19,6 +18,7 @@ from npmoe.experts import compose_backward, compose_forward
 from npmoe.params import MoEParams
 from npmoe.routing import Routing
 
+from ..curve import curve_of
 from . import core, rows
 from .kernel import Device
 from .plans import count_plan

@@ -8,7 +8,6 @@ first R mean something.
 
 from __future__ import annotations
 
-from accel.curve import curve_of
 from npmoe._typing import Array
 from npmoe.backends import ExpertGrads
 from npmoe.config import MoEConfig
@@ -16,6 +15,7 @@ from npmoe.dispatch import DispatchPlan
 from npmoe.experts import target
 from npmoe.params import MoEParams
 
+from ..curve import curve_of
 from . import rows
 from .kernel import Device
 from .products import (

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from accel.loopback import LoopbackArray
 from npmoe._typing import HostArray
 from npmoe.testing import ptx
 
+from ..loopback import LoopbackArray
 from .kernel import InOut, Kernel, Out, Size
 
 # What memory holds before it is written: no number, or an index that is nobody's.

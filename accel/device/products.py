@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from accel.curve import Curve
 from npmoe._half import named_dtype
 from npmoe._typing import Array
 from npmoe.dispatch import DispatchPlan
 
+from ..curve import Curve
 from .kernel import Device, InOut, Kernel, Out
 from .plans import Blocks, view_blocks
 from .tilings import SIMT, Tiling, element_name, real_name

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from accel.curve import Curve
 from npmoe._typing import Array
 from npmoe.dispatch import DispatchPlan
 
+from ..curve import Curve
 from .kernel import Device, InOut, Kernel, Out
 from .tilings import element_name, real_name
 

@@ -17,9 +17,9 @@ from npmoe.errors import RangeError, UnsupportedError
 from npmoe.params import MoEParams
 from npmoe.routing import Routing
 
+from ..curve import curve_of
 from . import core, router
 from . import rows as kernels
-from .curves import curve_of
 from .launch import NO_IDS, SKINNY_ROWS, Engine, Group, flat
 from .team import Team
 

@@ -13,7 +13,7 @@ import numba
 from numba.core import event
 
 # Numba notices changes of the file of a kernel, not of those it is made from.
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+_SOURCES = [*sorted(Path(__file__).parent.glob("*.py")), Path(__file__).parents[1] / "curve.py"]
 _STAMP = hashlib.sha256(b"".join(p.read_bytes() for p in _SOURCES)).hexdigest()
 
 # Part of the kernels that call them: nothing that Python could call is made.

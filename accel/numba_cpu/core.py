@@ -17,8 +17,8 @@ from npmoe.config import MoEConfig
 from npmoe.dispatch import DispatchPlan
 from npmoe.params import MoEParams
 
+from ..curve import curve_of
 from . import rows
-from .curves import curve_of
 from .launch import NO_IDS, Engine, Group, flat
 
 # A group of the backward pass has at least rows for so many numbers: smaller ones cost calls.

@@ -16,8 +16,8 @@ from npmoe._typing import HostArray
 from npmoe.dispatch import DispatchPlan
 from npmoe.params import MoEParams
 
+from ..curve import Curve
 from . import backward, forward, rows
-from .curves import Curve
 from .host import ROWS, VECTORS, lanes
 from .products import DEPTH
 from .team import Team, address, aligned_empty

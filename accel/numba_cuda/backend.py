@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from accel.device.backend import DeviceBackend
-from accel.device.kernel import Device
-from accel.device.tilings import SIMT
 from npmoe.backends import Availability
 
+from ..device.backend import DeviceBackend
+from ..device.kernel import Device
+from ..device.tilings import SIMT
 from .numba_device import NumbaCudaDevice, numba_availability
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from accel.device.code_cache import keep_code
-from accel.device.kernel import InOut, Kernel, Out
 from npmoe.errors import BackendUnavailableError
 from npmoe.testing import ptx
+
+from ..device.code_cache import keep_code
+from ..device.kernel import InOut, Kernel, Out
 
 _FOLDER = Path(__file__).parent
 _PACKAGES = ("numba", "numba-cuda")

@@ -13,8 +13,7 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from accel.curve import GELU, GELU_TANH, RELU, SILU
-
+from ..curve import GELU, GELU_TANH, RELU, SILU
 from .words import inline
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from accel.device.emulated import EmulatedDevice
 from npmoe.backends import Availability
 from npmoe.errors import NpmoeError
 from npmoe.testing.ptx import find_compiler
 
+from ..device.emulated import EmulatedDevice
 from .backend import NumbaCudaBackend
 from .compiling import emulated_ptx, require_numba_cuda, spell
 

@@ -31,8 +31,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda.types import int32
 
-from accel.device.products import ACTIVATE, ACTIVATE_BACKWARD, ROUTED, STORE
-
+from ..device.products import ACTIVATE, ACTIVATE_BACKWARD, ROUTED, STORE
 from .curves import make_curves
 from .tiles import COLUMNS, DEPTH, RIGHT_STRIDE, SIDE, SUMS_STRIDE, THREADS, TILE, make_tile
 from .words import TYPES, WARP, bounds, inline, natural, quotient, warp_sum, widen_of

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from accel.cupy_raw.cupy_device import CupyDevice, LaunchError, cupy_availability
-from accel.device.kernel import Kernel
 from npmoe._typing import Array
 from npmoe.backends import Availability
 from npmoe.errors import BackendUnavailableError
 
+from ..cupy_raw.cupy_device import CupyDevice, LaunchError, cupy_availability
+from ..device.kernel import Kernel
 from .compiling import (
     absent,
     find_function,

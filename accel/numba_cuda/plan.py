@@ -24,8 +24,7 @@ sorted_token_ids[block * block_size ...] and row_ids.
 from numba import cuda
 from numba.cuda.types import int32
 
-from accel.device.plans import CHUNK
-
+from ..device.plans import CHUNK
 from .words import ALL_LANES, WARP, bounds, expert_of_entry, inline, natural, quotient
 
 INTS, TABLE = int32[::1], int32[:, ::1]

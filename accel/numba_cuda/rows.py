@@ -14,8 +14,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda.types import int32
 
-from accel.device.rows import THREADS
-
+from ..device.rows import THREADS
 from .curves import make_curves
 from .words import TYPES, WARP, bounds, expert_of_entry, natural, quotient, warp_sum, widen_of
 

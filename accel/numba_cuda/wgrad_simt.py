@@ -23,8 +23,7 @@ from typing import Any
 from numba import cuda
 from numba.cuda.types import int32
 
-from accel.device.products import GATHER_GRAD, GATHER_X
-
+from ..device.products import GATHER_GRAD, GATHER_X
 from .tiles import COLUMNS, DEPTH, RIGHT_STRIDE, SIDE, SUMS_STRIDE, THREADS, TILE, make_tile
 from .words import TYPES, WARP, bounds, natural, quotient
 

@@ -17,8 +17,8 @@ need_numba()
 import numba
 
 import npmoe
+from accel.curve import curve_of
 from accel.numba_cpu import curves
-from accel.numba_cpu.curves import curve_of
 from npmoe import MoEConfig
 from npmoe.activations import ACTIVATIONS, bind_activation
 from npmoe.testing import activation_bounds, check_activation, check_activation_backward
