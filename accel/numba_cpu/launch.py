@@ -36,7 +36,7 @@ _GRADIENT_PANELS = 2**16
 # A group of experts has at most as many rows as the largest, and so large a share of all.
 _SHARE = 16
 # Bytes of temporary arrays kept between calls; beyond, every call takes and frees its own.
-_KEPT = 2**26
+_KEPT = 2**22
 # Work of fewer multiplications is not worth waking a thread for.
 _SMALL = 2**18
 
@@ -188,6 +188,7 @@ class Engine:
         except IndexError:
             memory = self.none
         if memory.size < ends[-1]:
+            memory = self.none  # or both would stand beside each other
             memory = self.empty(ends[-1])
         yield [memory[begin : begin + size]
                for begin, size in zip([0, *ends], sizes, strict=False)]  # fmt: skip

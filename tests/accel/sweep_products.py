@@ -246,7 +246,8 @@ def all_products(form: Form) -> Iterator[Case]:
             form, columns, depth, tokens, 1 + k % 3, 1 + k % 5, (None, 1.0)[k // 2 % 2],
             named[k % len(named)], k % 3 > 0, k % 4 > 0, k % 7 == 0, k,
         ).case  # fmt: skip
-    yield Product(form, 9, 20, 5, 2, 300).case  # many experts, most of them empty
+    # Many experts, most of them empty.
+    yield Product(form, 9, 20, 5, 2, 300, activation=named[0]).case
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ SIZES = {
     "medium": (512, 128, 256, 8, 2),
     "many experts": (512, 128, 64, 64, 8),
     "wide": (1024, 256, 512, 8, 2),
+    "too large to be kept": (2048, 512, 768, 8, 2),
 }
 
 
@@ -27,7 +28,7 @@ def extra_floats(size: tuple[int, ...], dtype: str = "float32", **options: Any) 
     """Return the peak of a forward and backward pass beyond what it returns, and the count.
 
     In numbers of the dtype. Gradients of parameters are the caller's arrays; scratch has grown.
-    Temporary arrays kept from the call before are counted with the peak.
+    Temporary arrays are made anew, the backward pass's after the forward pass's.
     """
     T, H, I, E, K = size
     cfg = MoEConfig(hidden_size=H, intermediate_size=I, num_experts=E, top_k=K)
@@ -38,6 +39,7 @@ def extra_floats(size: tuple[int, ...], dtype: str = "float32", **options: Any) 
     _, saved = npmoe.moe_forward(x, params, cfg, backend)
     out = npmoe.moe_backward(grad, saved, params).params()
     del saved
+    backend.release()
     tracemalloc.start()
     try:
         output, saved = npmoe.moe_forward(x, params, cfg, backend)
@@ -49,30 +51,32 @@ def extra_floats(size: tuple[int, ...], dtype: str = "float32", **options: Any) 
     for name in MoEGrads.__dataclass_fields__:
         value = getattr(grads, name)
         assert name == "hidden_states" or value is getattr(out, name)
-    returned = [output, grads.hidden_states]
-    returned += [getattr(routing, n) for n in type(routing).__dataclass_fields__]
+    del output  # which the count has, like the gradient of the input
+    returned = [getattr(routing, n) for n in type(routing).__dataclass_fields__]
     returned += [getattr(plan, n) for n in type(plan).__dataclass_fields__]
     arrays = {id(a): a.nbytes for a in returned if isinstance(a, np.ndarray)}
     item = np.dtype(dtype).itemsize
     kept = sum(memory.nbytes for memory in backend._engines[np.dtype(dtype)]._kept)
-    assert kept
     backend.release()
     assert not backend._engines[np.dtype(dtype)]._kept
     rows = plan.num_rows
     most = int(plan.tokens_per_expert.max())
     return {
-        "extra": (peak + kept - sum(arrays.values())) / item,
+        "extra": (peak - sum(arrays.values())) / item,
         "count": 2 * I * rows + H * rows + 2 * H * T + most * (3 * I + H),
-        "kept": 2 * I * rows,
+        "gate_up": 2 * I * rows,
+        "kept": kept / item,
     }
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_extra_memory_of_a_training_step(name: str) -> None:
     found = extra_floats(SIZES[name])
-    ratio = found["extra"] / found["count"]
-    assert ratio <= 1.1, found
-    assert found["extra"] > found["kept"]  # gate_up is kept: less cannot have been measured
+    # What small calls keep for the next one stands beside the end of the backward pass.
+    assert found["extra"] <= 1.1 * found["count"] + found["kept"], found
+    assert found["kept"] * 4 <= 2**22
+    assert (found["kept"] == 0) == (name == "too large to be kept")
+    assert found["extra"] > found["gate_up"]  # it is saved: less cannot have been measured
 
 
 def test_scratch_is_kept_between_calls_and_does_not_grow() -> None:
