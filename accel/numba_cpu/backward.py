@@ -14,7 +14,8 @@ from .compiling import inner, kernel
 from .curves import activate_backward
 from .host import LINE_BYTES, ROWS
 from .products import copy_row, dot, tile_columns, tile_rows
-from .tiles import borrow, copy_panels, take_ticket
+from .tickets import borrow, take_ticket
+from .tiles import copy_panels
 
 # Depth of the weights that are copied side by side at once, for a whole range of outputs.
 BACK_DEPTH = 128

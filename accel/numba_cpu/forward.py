@@ -15,7 +15,7 @@ from .compiling import inner, kernel
 from .curves import activate
 from .products import pack_panels, panel_columns, skinny_product, spread_panel, wide_product
 from .rows import ACTIVATE, BEGIN, KIND, NEEDS, PROJECT, SLOT, combine_token
-from .tiles import borrow, finish_task, take_ticket, wait_for_stage
+from .tickets import borrow, finish_task, take_ticket, wait_for_stage
 
 
 @kernel

@@ -7,7 +7,7 @@ import numpy as np
 from .compiling import inner, kernel
 from .curves import _exponential
 from .rows import STEP
-from .tiles import borrow, take_ticket
+from .tickets import borrow, take_ticket
 
 
 @kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .compiling import inner, kernel
 from .curves import activate, activate_backward
 from .products import dot
-from .tiles import borrow, take_ticket
+from .tickets import borrow, take_ticket
 
 # Rows or tokens of one task.
 STEP = 64

@@ -6,7 +6,6 @@ take flat arrays and offsets in numbers, and trust them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -384,78 +383,3 @@ def widen_number(context, bits, half):
         return builder.select(builder.icmp_signed(">", half, I64(1)), *found)
 
     return signature, generate
-
-
-@intrinsic
-def take_ticket(context, tickets):
-    """Return tickets[0] and add one to it, as one step for all threads."""
-    signature = INT(tickets)
-
-    def generate(context, builder, signature, args):
-        pointer = data_pointer(context, builder, tickets, args[0])
-        return builder.atomic_rmw("add", pointer, I64(1), "monotonic")
-
-    return signature, generate
-
-
-@intrinsic
-def finish_task(context, tickets, stage):
-    """Count a task of a stage as done, after all that it wrote."""
-    signature = types.void(tickets, INT)
-
-    def generate(context, builder, signature, args):
-        counters = data_pointer(context, builder, tickets, args[0])
-        counter = builder.gep(counters, [builder.add(args[1], I64(1))])
-        builder.atomic_rmw("add", counter, I64(1), "release")
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def wait_for_stage(context, tickets, stage, count):
-    """Return when `count` tasks of a stage are done; what they wrote can be read then."""
-    signature = types.void(tickets, INT, INT)
-
-    def generate(context, builder, signature, args):
-        counters = data_pointer(context, builder, tickets, args[0])
-        counter = builder.gep(counters, [builder.add(args[1], I64(1))])
-        look, wait, go_on = (builder.append_basic_block(n) for n in ("look", "wait", "go_on"))
-        builder.branch(look)
-        builder.position_at_end(look)
-        done = builder.load_atomic(counter, "acquire", 8)
-        builder.cbranch(builder.icmp_signed("<", done, args[2]), wait, go_on)
-        builder.position_at_end(wait)
-        if os.name == "posix":  # else it spins: a thread without a core needs this one's
-            give_way = ir.FunctionType(I32, [])
-            builder.call(
-                cgutils.get_or_insert_function(builder.module, give_way, "sched_yield"), []
-            )
-        builder.branch(look)
-        builder.position_at_end(go_on)
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
-@intrinsic
-def borrow(context, *arrays):
-    """Return the same arrays without an owner.
-
-    Numba counts references with locked instructions wherever an array or a slice is handed on;
-    those make threads wait for each other, and for every write past the caches. The caller of a
-    kernel holds its arguments anyway.
-    """
-    found = types.Tuple(arrays)
-
-    def generate(context, builder, signature, args):
-        borrowed = []
-        for i, array_type in enumerate(found.types):
-            given = builder.extract_value(args[0], i)
-            array = context.make_array(array_type)(context, builder, given)
-            for name in ("meminfo", "parent"):
-                setattr(array, name, ir.Constant(getattr(array, name).type, None))
-            borrowed.append(array._getvalue())
-        return context.make_tuple(builder, found, borrowed)
-
-    return found(types.StarArgTuple(arrays)), generate

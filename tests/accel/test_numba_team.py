@@ -24,7 +24,7 @@ from numba_problems import bits, draw_experts, run_experts, spread_plan
 import npmoe
 from accel.numba_cpu import launch
 from accel.numba_cpu.team import Team, address, aligned_empty
-from accel.numba_cpu.tiles import finish_task, wait_for_stage
+from accel.numba_cpu.tickets import finish_task, wait_for_stage
 
 HERE = Path(__file__).resolve().parent
 ROOT = Path(npmoe.__file__).resolve().parents[1]
