@@ -27,6 +27,7 @@ ARGUMENTS = {
     "10_lora_experts.py": ["--steps", "2", "--before-steps", "2"],
     "11_cached_routing.py": ["--rounds", "2", "--tokens", "8"],
     "12_router_craft.py": ["--steps", "2", "--seeds", "1"],
+    "13_selection_bias.py": ["--steps", "10", "--out", "OUT"],
 }
 TELLS = {
     "01_forward.py": ["output (2, 6, 16) float32", "routes dropped"],
@@ -40,6 +41,7 @@ TELLS = {
     "10_lora_experts.py": ["adapters of the experts", "every bit of the base is back: True"],
     "11_cached_routing.py": ["256 experts", "same bits", "(2 hits)"],
     "12_router_craft.py": ["all experts alike", "router frozen", "fading out", "times 10.0"],
+    "13_selection_bias.py": ["selection bias  validation loss", "of all of them together", ".png"],
 }
 
 

@@ -49,8 +49,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     const int n = column_of<COLUMNS>(tile, weights.column, columns);
     const int half = EPILOGUE == ACTIVATE && GATED ? columns / 2 : columns;
     const int width = n < 0 ? 0 : (n < half ? half : columns) - n;
-    const WEIGHT *from = w + n;
-    int k = weights.first;
+    const char *from = advance(w + n, weights.first, columns * SIZE);
+    const int64 pass = (int64)Weights::PASS * columns * SIZE;
+    int left = K - weights.first;
 #else
     using Weights = DepthFirst<COLUMNS, THREADS>;
     Weights weights(t);
@@ -64,10 +65,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         rows.copy(stage);
 #if TRANSPOSED
 #pragma unroll
-        for (int i = 0; i < Weights::COUNT; i++)
-            weights.copy(stage + PANEL_X, i, advance(from, k + i * Weights::PASS, columns * SIZE),
-                         k + i * Weights::PASS, K, width);
-        k += DEPTH;
+        for (int i = 0; i < Weights::COUNT; i++) {
+            weights.copy(stage + PANEL_X, i, from, i * Weights::PASS, left, width);
+            from += pass;
+        }
+        left -= DEPTH;
 #else
         weights.copy(stage + PANEL_X);
 #endif
