@@ -39,7 +39,7 @@ _TARGET = re.compile(r"`\((\.L_\w+)\)")
 @cache
 def sass():
     """Return the module of the kernels' own tests that knows nvdisasm."""
-    path = Path(__file__).parents[1] / "accel" / "sass_counts.py"
+    path = Path(__file__).parents[1] / "gpu" / "sass_counts.py"
     spec = importlib.util.spec_from_file_location("sass_counts_for_figures", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -1,4 +1,4 @@
-"""``npmoe check --emulate`` and ``--precision``: what is refused; tests/accel runs them."""
+"""``npmoe check --emulate`` and ``--precision``: what is refused; tests/gpu runs them."""
 
 from __future__ import annotations
 
