@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from npmoe import benchmark
@@ -18,8 +16,8 @@ from npmoe.benchmark.card import card_of
 from npmoe.benchmark.implementations import Peer
 from npmoe.benchmark.modelled_text import LEGEND as MODELLED_LEGEND
 from npmoe.benchmark.threads import backend_with_threads, check_threads
-from npmoe.cli._common import check_json, write_json
-from npmoe.errors import BackendUnavailableError, DataError, RangeError
+from npmoe.cli._common import check_output, write_json
+from npmoe.errors import BackendUnavailableError, RangeError
 
 HELP = "time backends and peers beside the machine's limits"
 DESCRIPTION = (
@@ -90,8 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a table per case and direction; 1 if something asked for was not timed."""
-    check_json(options.json)
-    _check_plot(options.plot)
+    check_output("--json", options.json)
+    check_output("--plot", options.plot)
     settings = _settings(options)
     if options.modelled is not None:
         return _run_modelled(options, settings)
@@ -219,15 +217,6 @@ def _split(option: str, names: str) -> list[str]:
     if not all(found):
         raise RangeError(f"bench: --{option} must be names with commas between, got {names!r}.")
     return list(dict.fromkeys(found))
-
-
-def _check_plot(path: str | None) -> None:
-    """Raise before the work starts if the picture could not be written after it."""
-    if path is not None and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
-        raise DataError(
-            f"--plot must name a file that can be written, got {path}. "
-            "Make its folder, or choose another file."
-        )
 
 
 def _require_packages(*, with_picture: bool) -> None:

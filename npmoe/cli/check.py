@@ -13,7 +13,7 @@ from typing import Any
 
 from npmoe.backends import get_backend, get_emulated_backend
 from npmoe.backends.registry import backend_options
-from npmoe.cli._common import check_json, write_json
+from npmoe.cli._common import check_output, write_json, write_output
 from npmoe.errors import DataError, RangeError
 from npmoe.testing.conformance.case import WITH_HALVES
 from npmoe.testing.conformance.isolate import IsolatedTarget
@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the table; 1 if a check failed or a planted mistake survived."""
-    check_json(options.json)
-    check_json(options.html)
+    check_output("--json", options.json)
+    check_output("--html", options.html)
     if (options.target is None) != options.faults:
         raise RangeError("check: TARGET or --faults must be given, and not both.")
     kills: list[Kill] = []
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         },
     )
     if options.html is not None:
-        Path(options.html).write_text(html_page(reports, kills), encoding="utf-8")
+        write_output("--html", options.html, html_page(reports, kills))
     return 0 if ok else 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from npmoe.cli._common import check_json, write_json
+from npmoe.cli._common import check_output, write_json
 from npmoe.conventions import balance_text, capacity_text, routing_text, tables_as_values
 
 HELP = "compare the conventions of routing, balance losses and capacity, computed"
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the tables."""
-    check_json(options.json)
+    check_output("--json", options.json)
     names = tuple(_TABLES) if options.table is None else (options.table,)
     print("\n\n".join(_TABLES[name]() for name in names))
     values = tables_as_values()

@@ -14,7 +14,7 @@ from npmoe import plots, preset
 from npmoe._checks import require
 from npmoe._typing import HostArray
 from npmoe.backends import Backend
-from npmoe.cli._common import check_json, write_json
+from npmoe.cli._common import check_output, write_json
 from npmoe.config import MoEConfig
 from npmoe.errors import DataError, RangeError
 from npmoe.explanation import explain
@@ -81,7 +81,7 @@ class _Case:
 
 def run(options: argparse.Namespace) -> int:
     """Explain one token."""
-    check_json(options.json)
+    check_output("--json", options.json)
     require(
         options.max_experts >= 1,
         f"explain: --max-experts must be at least 1, got {options.max_experts}.",

@@ -6,7 +6,7 @@ import argparse
 import functools
 import sys
 
-from npmoe.cli._common import check_json, print_table, write_json
+from npmoe.cli._common import check_output, print_table, write_json
 from npmoe.layer_gradcheck import gradcheck_layer, gradcheck_layers
 from npmoe.models import host_backend
 from npmoe.models.gradcheck import gradcheck_model, gradcheck_models
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the worst relative error of every parameter; 1 if one exceeds the tolerance."""
-    check_json(options.json)
+    check_output("--json", options.json)
     backend = host_backend("gradcheck", options.backend)
     found: dict[str, dict[str, float]] = {}
     check = {"seed": options.seed, "directions": options.directions, "backend": backend}

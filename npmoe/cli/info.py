@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from npmoe import __version__
 from npmoe.backends import available_backends
-from npmoe.cli._common import check_json, print_table, write_json
+from npmoe.cli._common import check_output, print_table, write_json
 
 HELP = "show versions, processor count and which backends can run here"
 DESCRIPTION = "Show versions, processor count and which backends can run here, with the reason."
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the facts."""
-    check_json(options.json)
+    check_output("--json", options.json)
     packages = {name: _version(name) for name in _PACKAGES}
     backends = available_backends()
     print(f"npmoe {__version__}, Python {platform.python_version()}, {os.cpu_count()} processors")

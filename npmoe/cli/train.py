@@ -16,7 +16,7 @@ from typing import Any
 
 from npmoe.backends import Backend
 from npmoe.cli import _train_text, _train_vision
-from npmoe.cli._common import check_json, print_table, write_json
+from npmoe.cli._common import check_output, print_table, write_json
 from npmoe.errors import BackendUnavailableError, CheckpointError, RangeError
 from npmoe.models import host_backend
 from npmoe.training import (
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     # Known before the first step, not after the last.
     _check_options(options)
-    check_json(options.json)
+    check_output("--json", options.json)
     _require_packages()
     backend = host_backend("train", options.backend)
     workers = default_workers() if options.workers is None else options.workers

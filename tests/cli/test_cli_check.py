@@ -137,6 +137,7 @@ def test_targets_that_cannot_be_called_are_findings(theirs, target, options, wor
             "--set must name an option of check_grouped_gemm, got 'dialect'. Options: none.",
         ),
         (["{0}:product", "--ledger", "gone.json"], "--ledger: gone.json must be readable JSON"),
+        (["numpy", "--html", "gone/x"], "--html must name a file that can be written, got gone/x."),
         (["{0}:product", "--seed", "-1"], "seed must be an integer >= 0, got -1."),
         (["numbda"], "backend must name a known backend, got 'numbda'"),
     ],
