@@ -21,6 +21,7 @@ from ..curve import curve_of
 from . import core, router
 from . import rows as kernels
 from .launch import NO_IDS, SKINNY_ROWS, Engine, Group, flat
+from .model_verbs import ModelVerbs
 from .team import Team
 
 
@@ -59,6 +60,7 @@ class NumbaBackend(ReferenceBackend):
         self._engines = {
             np.dtype(name): Engine(team, name, skinny_rows) for name in ("float32", "float64")
         }
+        self.nn = ModelVerbs(self._engine)
 
     def release(self) -> None:
         """Free the memory that is kept from one call to the next."""

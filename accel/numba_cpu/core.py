@@ -22,7 +22,7 @@ from . import rows
 from .launch import NO_IDS, Engine, Group, flat
 
 # A group of the backward pass has at least rows for so many numbers: smaller ones cost calls.
-_LEAST_NUMBERS = 2**17
+_LEAST_NUMBERS = 2**19
 
 
 def experts_forward(

@@ -88,7 +88,7 @@ def run_forward(
                     if save:
                         spread_panel(mine, c, columns, here, width, lanes, starts, gate_up,
                                      (first + begin) * wide_size + n, wide_size,
-                                     True)  # fmt: skip
+                                     what == ACTIVATE)  # fmt: skip
                 goal = slot_at + (padded_first + begin) * inner + n0 * columns
                 done = act[goal : goal + size]
                 second = room + (halves - 1) * size
@@ -124,7 +124,7 @@ def run_forward(
                 wide_product(w2, start, inner, width, half2, source, at + begin * inner, columns,
                              lanes, mine, room, mine, room + width * panel)  # fmt: skip
                 spread_panel(mine, room, columns, min(columns, wide_rows - begin), width, lanes,
-                             starts, y, to + begin * outputs, outputs, False)  # fmt: skip
+                             starts, y, to + begin * outputs, outputs, what == ACTIVATE)  # fmt: skip
                 begin += columns
             if wide_rows < rows:
                 skinny_product(source, at + wide_rows * inner, inner, rows - wide_rows, w2, start,

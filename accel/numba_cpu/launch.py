@@ -38,7 +38,7 @@ _SHARE = 16
 # Bytes of temporary arrays kept between calls; beyond, every call takes and frees its own.
 _KEPT = 2**22
 # Work of fewer multiplications is not worth waking a thread for.
-_SMALL = 2**18
+SMALL = 2**18
 
 
 def flat(array: HostArray) -> HostArray:
@@ -169,7 +169,7 @@ class Engine:
         products = 2 * step * max(self.panel, self.skinny_rows)
         self.team.run(
             forward.run_forward, tasks, stages, self.panel, self.lanes, room, x, hidden, *args,
-            dtype=self.dtype, room=room + products + ROWS * DEPTH, small=work < _SMALL,
+            dtype=self.dtype, room=room + products + ROWS * DEPTH, small=work < SMALL,
             stages=len(stages) - 1,
         )  # fmt: skip
 
@@ -213,7 +213,7 @@ class Engine:
             backward.project_back, tasks, self.panel, self.lanes, room, a, base, depth,
             flat(weight), outputs, half_code(weight), y,
             dtype=self.dtype, room=room + backward.BACK_DEPTH * step,
-            small=group.num_rows * depth * outputs < _SMALL,
+            small=group.num_rows * depth * outputs < SMALL,
         )  # fmt: skip
 
     def project_back_and_activate(
@@ -232,7 +232,7 @@ class Engine:
             self._maybe(dropout), gate_up, curve.kind, curve.gated, curve.settings, group.base,
             step, act, grad_gate_up, partial,
             dtype=self.dtype, room=room + backward.BACK_DEPTH * step + block * depth,
-            small=group.num_rows * depth * inner < _SMALL,
+            small=group.num_rows * depth * inner < SMALL,
         )  # fmt: skip
 
     def num_ranges(self, inner: int) -> int:
@@ -261,12 +261,12 @@ class Engine:
             self._maybe(a_scale), b, b_width, b_tokens, self._maybe(b_scale), group.base,
             accumulate, stream, out.reshape(-1),
             dtype=self.dtype, room=room + panels,
-            small=group.num_rows * a_width * b_width + len(tasks) * b_width < _SMALL,
+            small=group.num_rows * a_width * b_width + len(tasks) * b_width < SMALL,
         )  # fmt: skip
 
     def over_rows(self, kernel: Any, *args: Any, numbers: int, room: int = 1) -> None:
         """Run a kernel of `rows`; `numbers` says how many it touches."""
-        self.team.run(kernel, *args, dtype=self.dtype, room=room, small=numbers < _SMALL)
+        self.team.run(kernel, *args, dtype=self.dtype, room=room, small=numbers < SMALL)
 
     def groups(self, offsets: HostArray, least: int = 0) -> tuple[HostArray, int, int]:
         """Return the ends of groups of experts, their number, and the padded rows of the largest.

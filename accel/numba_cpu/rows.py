@@ -6,9 +6,12 @@ from .compiling import inner, kernel
 from .curves import activate, activate_backward
 from .products import dot
 from .tickets import borrow, take_ticket
+from .tiles import ask_for
 
 # Rows or tokens of one task.
 STEP = 64
+# Rows lie anywhere: they are asked for while so many numbers before them are in work.
+AHEAD = 4096
 # Columns of a table of tasks: expert, its first row of the block, rows, first output, outputs,
 # first row of the block in padded buffers, how many of the rows are in the wide form.
 TASK = 7
@@ -80,6 +83,9 @@ def combine(
 def combine_token(rows, width, row_ids, top_k, weights, t, out):
     """Write the sum of one token's rows."""
     goal = out[t * width : (t + 1) * width]
+    later = (t + max(1, AHEAD // (top_k * width + 1))) * top_k
+    for p in range(later, min(later + top_k, row_ids.size)):
+        ask_for(rows, row_ids[p] * width, width)
     for n in range(width):
         goal[n] = 0.0
     for p in range(t * top_k, (t + 1) * top_k):
@@ -101,11 +107,13 @@ def gather(
 ):  # fmt: skip
     """Write ``out[r] = x[token_ids[r]]``."""
     x, token_ids, out = borrow(x, token_ids, out)
+    ahead = max(1, AHEAD // (width + 1))
     while True:
         begin = take_ticket(tickets) * STEP
         if begin >= token_ids.size:
             return
         for r in range(begin, min(begin + STEP, token_ids.size)):
+            ask_for(x, token_ids[min(r + ahead, token_ids.size - 1)] * width, width)
             source = x[token_ids[r] * width : (token_ids[r] + 1) * width]
             goal = out[r * width : (r + 1) * width]
             for n in range(width):

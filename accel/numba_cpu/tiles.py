@@ -383,3 +383,44 @@ def widen_number(context, bits, half):
         return builder.select(builder.icmp_signed(">", half, I64(1)), *found)
 
     return signature, generate
+
+
+@intrinsic
+def ask_for(context, x, start, count):
+    """Ask for the cache lines of ``x[start : start + count]``, which need not be there."""
+    signature = types.void(x, INT, INT)
+
+    def generate(context, builder, signature, args):
+        array, start, count = args
+        pointer = builder.gep(data_pointer(context, builder, x, array), [start])
+        step = I64(64 // (x.dtype.bitwidth // 8))
+        with cgutils.for_range_slice(builder, I64(0), count, step) as (k, _):
+            prefetch(builder, pointer, k)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def largest(context, x, start, count):
+    """Return the largest of `count` numbers, some times the lanes; NaN may be passed over."""
+    signature = x.dtype(x, INT, INT)
+
+    def generate(context, builder, signature, args):
+        array, start, count = args
+        vec = Vectors(builder, x.dtype, lanes(x.dtype))
+        pointer = builder.gep(data_pointer(context, builder, x, array), [start])
+        most = cgutils.alloca_once_value(builder, vec.load(pointer, I64(0)))
+        with cgutils.for_range_slice(builder, I64(vec.lanes), count, I64(vec.lanes)) as (k, _):
+            value, before = vec.load(pointer, k), builder.load(most)
+            above = builder.fcmp_ordered(">", value, before)
+            builder.store(builder.select(above, value, before), most)
+        found, width = builder.load(most), vec.lanes
+        while width > 1:
+            width //= 2
+            low = vec.shuffle(found, found, range(width))
+            high = vec.shuffle(found, found, range(width, 2 * width))
+            found = builder.select(builder.fcmp_ordered(">", high, low), high, low)
+        return builder.extract_element(found, I32(0))
+
+    return signature, generate

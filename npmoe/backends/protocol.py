@@ -89,6 +89,9 @@ class Backend(Protocol):
     operands : {"tf32", "bfloat16", "float16"} or None
         What rows and matrices are rounded to where they enter a product of the experts; None:
         nothing is. Sums are never rounded so.
+
+    A backend with host arrays may have a further attribute ``nn``, `npmoe.nn.ModelVerbs`: models
+    then take attention and norms from there.
     """
 
     name: ClassVar[str]

@@ -13,7 +13,7 @@ import numpy as np
 
 from npmoe import nn
 from npmoe._typing import HostArray
-from npmoe.backends import Backend
+from npmoe.backends import Backend, get_backend
 from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
 from npmoe.layer import moe_backward, moe_forward
@@ -64,6 +64,7 @@ class BlockSaved:
     attention: SublayerSaved
     feed_forward: SublayerSaved
     dropout: float
+    verbs: nn.ModelVerbs
 
     @property
     def moe(self) -> SavedTensors | None:
@@ -78,19 +79,25 @@ def init_norm(cfg: ModelConfig, dtype: str) -> NormParams:
     return NormParams(weight=np.ones(cfg.hidden_size, dtype), bias=bias)
 
 
-def norm(x: HostArray, params: NormParams) -> HostArray:
+def model_verbs(backend: str | Backend | None) -> nn.ModelVerbs:
+    """Return the backend's `nn`, or the module if it has none."""
+    verbs: nn.ModelVerbs = getattr(get_backend(backend), "nn", nn)
+    return verbs
+
+
+def norm(x: HostArray, params: NormParams, verbs: nn.ModelVerbs) -> HostArray:
     """Apply RMSNorm, or LayerNorm if there is a bias."""
     if params.bias is None:
-        return nn.rms_norm(x, params.weight)
+        return verbs.rms_norm(x, params.weight)
     return nn.layer_norm(x, params.weight, params.bias)
 
 
 def norm_backward(
-    grad_y: HostArray, x: HostArray, params: NormParams
+    grad_y: HostArray, x: HostArray, params: NormParams, verbs: nn.ModelVerbs
 ) -> tuple[HostArray, NormParams]:
     """Return the gradients of x and of the parameters."""
     if params.bias is None:
-        grad_x, grad_weight = nn.rms_norm_backward(grad_y, x, params.weight)
+        grad_x, grad_weight = verbs.rms_norm_backward(grad_y, x, params.weight)
         return grad_x, NormParams(weight=grad_weight)
     grad_x, grad_weight, grad_bias = nn.layer_norm_backward(grad_y, x, params.weight, params.bias)
     return grad_x, NormParams(weight=grad_weight, bias=grad_bias)
@@ -188,7 +195,7 @@ def block(
     rng : numpy Generator, optional
         Source of dropout and router noise; None means neither.
     backend : str, Backend or None
-        Runs the MoE sublayer.
+        Runs the MoE sublayer, and what else it has kernels for.
     cache : KeyValueCache, optional
         Keys and values of earlier positions, extended by this call.
 
@@ -198,12 +205,14 @@ def block(
     saved : BlockSaved
     """
     p = cfg.dropout if rng is not None else 0.0
+    verbs = model_verbs(backend)
     middle, attention_saved = _sublayer(
         x,
         params.attention_norm,
         cfg,
         p,
         rng,
+        verbs,
         lambda h: nn.multihead_attention(
             h,
             params.attention,
@@ -212,6 +221,7 @@ def block(
             rope_base=cfg.rope_base,
             causal=cfg.causal,
             cache=cache,
+            verbs=verbs,
         ),
     )
     y, feed_forward_saved = _sublayer(
@@ -220,9 +230,10 @@ def block(
         cfg,
         p,
         rng,
+        verbs,
         lambda h: feed_forward(h, params.feed_forward, cfg, moe, rng, backend),
     )
-    return y, BlockSaved(attention_saved, feed_forward_saved, p)
+    return y, BlockSaved(attention_saved, feed_forward_saved, p, verbs)
 
 
 def block_backward(
@@ -246,13 +257,14 @@ def block_backward(
     out : MoEParams, optional
         Arrays that receive the MoE gradients.
     """
-    p = saved.dropout
+    p, verbs = saved.dropout, saved.verbs
     grad_middle, grad_feed_forward_norm, grad_feed_forward = _sublayer_backward(
         grad_y,
         saved.feed_forward,
         params.feed_forward_norm,
         cfg,
         p,
+        verbs,
         lambda g, inner: feed_forward_backward(
             g, inner, params.feed_forward, cfg, grad_router_logits, out
         ),
@@ -263,7 +275,8 @@ def block_backward(
         params.attention_norm,
         cfg,
         p,
-        lambda g, inner: nn.multihead_attention_backward(g, inner, params.attention),
+        verbs,
+        lambda g, inner: nn.multihead_attention_backward(g, inner, params.attention, verbs=verbs),
     )
     return grad_x, BlockParams(
         attention_norm=grad_attention_norm,
@@ -279,16 +292,17 @@ def _sublayer(
     cfg: ModelConfig,
     p: float,
     rng: np.random.Generator | None,
+    verbs: nn.ModelVerbs,
     function: Callable[[HostArray], tuple[HostArray, Any]],
 ) -> tuple[HostArray, SublayerSaved]:
     """Put norm, dropout and the residual around a sublayer."""
     pre = cfg.norm_position == "pre"
-    update, inner = function(norm(x, norm_params) if pre else x)
+    update, inner = function(norm(x, norm_params, verbs) if pre else x)
     update, mask = drop(update, p, rng)
     total = x + update
     if pre:
         return total, SublayerSaved(x, mask, inner)
-    return norm(total, norm_params), SublayerSaved(total, mask, inner)
+    return norm(total, norm_params, verbs), SublayerSaved(total, mask, inner)
 
 
 def _sublayer_backward(
@@ -297,6 +311,7 @@ def _sublayer_backward(
     norm_params: NormParams,
     cfg: ModelConfig,
     p: float,
+    verbs: nn.ModelVerbs,
     function_backward: Callable[[HostArray, Any], tuple[HostArray, Any]],
 ) -> tuple[HostArray, NormParams, Any]:
     """Return the gradients of x, of the norm and of the sublayer's parameters."""
@@ -304,9 +319,9 @@ def _sublayer_backward(
         grad_hidden, grad_params = function_backward(
             drop_backward(grad_y, saved.dropout_mask, p), saved.inner
         )
-        grad_hidden, grad_norm = norm_backward(grad_hidden, saved.norm_input, norm_params)
+        grad_hidden, grad_norm = norm_backward(grad_hidden, saved.norm_input, norm_params, verbs)
         return grad_y + grad_hidden, grad_norm, grad_params
-    grad_total, grad_norm = norm_backward(grad_y, saved.norm_input, norm_params)
+    grad_total, grad_norm = norm_backward(grad_y, saved.norm_input, norm_params, verbs)
     grad_hidden, grad_params = function_backward(
         drop_backward(grad_total, saved.dropout_mask, p), saved.inner
     )

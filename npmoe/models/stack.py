@@ -19,6 +19,7 @@ from npmoe.models.block import (
     block_backward,
     drop,
     drop_backward,
+    model_verbs,
     norm,
     norm_backward,
 )
@@ -35,6 +36,7 @@ class StackSaved:
     dropout: float
     blocks: tuple[BlockSaved, ...]
     last_hidden: HostArray
+    verbs: nn.ModelVerbs
 
     def load_stats(self) -> list[LoadStats]:
         """Return the load of every MoE layer, in order."""
@@ -85,7 +87,7 @@ def stack(
     moe : MoEConfig, optional
         Takes the place of `cfg.moe`.
     backend : str, Backend or None
-        Runs the MoE sublayers.
+        Runs the MoE sublayers, and what else it has kernels for.
     caches : tuple of KeyValueCache, optional
         One per block.
 
@@ -95,6 +97,7 @@ def stack(
     saved : StackSaved
     """
     p = cfg.dropout if rng is not None else 0.0
+    verbs = model_verbs(backend)
     moe = cfg.moe if moe is None else moe
     x, dropout_mask = drop(x, p, rng)
     saved_blocks = []
@@ -109,8 +112,12 @@ def stack(
             cache=None if caches is None else caches[layer],
         )
         saved_blocks.append(saved)
-    return x if final_norm is None else norm(x, final_norm), StackSaved(
-        dropout_mask=dropout_mask, dropout=p, blocks=tuple(saved_blocks), last_hidden=x
+    return x if final_norm is None else norm(x, final_norm, verbs), StackSaved(
+        dropout_mask=dropout_mask,
+        dropout=p,
+        blocks=tuple(saved_blocks),
+        last_hidden=x,
+        verbs=verbs,
     )
 
 
@@ -138,7 +145,7 @@ def stack_backward(
     """
     grad_x, grad_final_norm = grad_y, None
     if final_norm is not None:
-        grad_x, grad_final_norm = norm_backward(grad_y, saved.last_hidden, final_norm)
+        grad_x, grad_final_norm = norm_backward(grad_y, saved.last_hidden, final_norm, saved.verbs)
     grad_blocks = []
     for layer in reversed(range(len(blocks))):
         target = None if out is None else out[layer].feed_forward

@@ -29,12 +29,14 @@ from npmoe.nn.multihead import (
 )
 from npmoe.nn.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from npmoe.nn.rotary import apply_rotary, apply_rotary_backward, rotary_tables
+from npmoe.nn.verbs import ModelVerbs
 
 __all__ = [
     "AttentionParams",
     "AttentionProbs",
     "KeyValueCache",
     "MLPParams",
+    "ModelVerbs",
     "SavedAttention",
     "apply_rotary",
     "apply_rotary_backward",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -176,7 +177,9 @@ def _attend(
     function: str, q: HostArray, k: HostArray, v: HostArray, *, causal: bool
 ) -> tuple[HostArray, AttentionProbs]:
     """Attend block by block; see the public functions."""
-    batch, kv_heads, groups, length, size = shape = _check(function, q, k, v, causal=causal)
+    batch, kv_heads, groups, length, size = shape = check_attention(
+        function, q, k, v, causal=causal
+    )
     num_keys = k.shape[2]
     scale = q.dtype.type(1 / math.sqrt(size))
     q = q.reshape(shape)
@@ -219,21 +222,11 @@ def _attend_backward(
     causal: bool,
 ) -> tuple[HostArray, HostArray, HostArray]:
     """Return all gradients block by block; see the public functions."""
-    shape = _check(function, q, k, v, grad_out, causal=causal)
+    shape = check_attention(function, q, k, v, grad_out, causal=causal)
     batch, kv_heads, groups, length, size = shape
     num_keys = k.shape[2]
     probs_keys = probs.blocks[-1].shape[-1] if probs.blocks else num_keys
-    if (probs.out.shape, probs_keys) != (shape, num_keys):
-        raise ShapeError(
-            f"{function}: probs must have (B, Hkv, G, L, D) = {shape} and "
-            f"S = {num_keys}, got {probs.out.shape} and {probs_keys}. The letters are bound by "
-            "q and k. Pass what their own forward returned."
-        )
-    if probs.causal != causal:
-        raise ShapeError(
-            f"{function}: probs must come from {function.removesuffix('_backward')}, got those of "
-            "the other kind. Pass what their own forward returned."
-        )
+    check_saved_attention(function, probs, probs_keys, shape, num_keys, causal=causal)
     scale = q.dtype.type(1 / math.sqrt(size))
     if out is None:
         out = (np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype), np.empty(v.shape, v.dtype))
@@ -294,7 +287,7 @@ def _needs_shift(q: HostArray, k: HostArray, scale: HostArray, causal: bool) -> 
     return needs_shift
 
 
-def _check(
+def check_attention(
     function: str,
     q: HostArray,
     k: HostArray,
@@ -323,3 +316,26 @@ def _check(
             f"got S = {num_keys}. The queries are the last L of S positions."
         )
     return batch, kv_heads, heads // kv_heads, length, size
+
+
+def check_saved_attention(
+    function: str,
+    probs: Any,
+    probs_keys: int,
+    shape: tuple[int, ...],
+    num_keys: int,
+    *,
+    causal: bool,
+) -> None:
+    """Raise unless a backward got what its own forward saved, for q of `shape`."""
+    if (probs.out.shape, probs_keys) != (shape, num_keys):
+        raise ShapeError(
+            f"{function}: probs must have (B, Hkv, G, L, D) = {shape} and "
+            f"S = {num_keys}, got {probs.out.shape} and {probs_keys}. The letters are bound by "
+            "q and k. Pass what their own forward returned."
+        )
+    if probs.causal != causal:
+        raise ShapeError(
+            f"{function}: probs must come from {function.removesuffix('_backward')}, got those of "
+            "the other kind. Pass what their own forward returned."
+        )

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from npmoe._typing import HostArray
 from npmoe.errors import RangeError, ShapeError, UnsupportedError
+from npmoe.nn import attention
 from npmoe.nn._inputs import Inputs
-from npmoe.nn.attention import (
-    AttentionProbs,
-    causal_attention,
-    causal_attention_backward,
-    full_attention,
-    full_attention_backward,
-)
 from npmoe.nn.key_value_cache import KeyValueCache
 from npmoe.nn.rotary import rotary_tables
+from npmoe.nn.verbs import ModelVerbs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +44,17 @@ class SavedAttention:
     attended : (B, L, Hq*D) float array
     turns : (L, 1, D/2) complex array or None
         None without rotary positions; queries and keys are then as projected.
+    probs : object
+        What the attention returned for its backward; `AttentionProbs` unless `verbs` did it.
     """
 
     x: HostArray
     qkv: HostArray
     attended: HostArray
     turns: HostArray | None
-    probs: AttentionProbs
+    probs: Any
     num_kv_heads: int
+    causal: bool
     cached: bool
 
 
@@ -113,6 +112,7 @@ def multihead_attention(
     rope_base: float | None = 10000.0,
     causal: bool = True,
     cache: KeyValueCache | None = None,
+    verbs: ModelVerbs | None = None,
 ) -> tuple[HostArray, SavedAttention]:
     """Let every position attend to itself and the earlier ones, or to all.
 
@@ -130,6 +130,8 @@ def multihead_attention(
         Whether a position sees no later one.
     cache : KeyValueCache, optional
         Holds the earlier positions; x continues them, and is appended. Causal only.
+    verbs : ModelVerbs, optional
+        Attends in the place of `causal_attention` and `full_attention`.
 
     Returns
     -------
@@ -167,7 +169,8 @@ def multihead_attention(
     q, k, v = _split_heads(qkv, num_kv_heads)
     if cache is not None:
         k, v = cache.append(k, v)
-    out, probs = (causal_attention if causal else full_attention)(q, k, v)
+    run: Any = attention if verbs is None else verbs
+    out, probs = (run.causal_attention if causal else run.full_attention)(q, k, v)
     attended = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
     y = (attended.reshape(batch * length, -1) @ params.output_proj.T).reshape(x.shape)
     return y, SavedAttention(
@@ -177,12 +180,17 @@ def multihead_attention(
         turns=turns,
         probs=probs,
         num_kv_heads=num_kv_heads,
+        causal=causal,
         cached=cache is not None,
     )
 
 
 def multihead_attention_backward(
-    grad_y: HostArray, saved: SavedAttention, params: AttentionParams
+    grad_y: HostArray,
+    saved: SavedAttention,
+    params: AttentionParams,
+    *,
+    verbs: ModelVerbs | None = None,
 ) -> tuple[HostArray, AttentionParams]:
     """Return the gradients of `multihead_attention`.
 
@@ -191,7 +199,7 @@ def multihead_attention_backward(
     grad_y : (B, L, H) float array
     saved : SavedAttention
         From the forward, without a cache.
-    params : AttentionParams
+    params, verbs
         As given to it.
 
     Returns
@@ -220,7 +228,8 @@ def multihead_attention_backward(
     grad_output_proj = grad_rows.T @ saved.attended.reshape(batch * length, -1)
     grad_attended = (grad_rows @ params.output_proj).reshape(batch, length, -1, head_dim)
     grad_qkv = np.empty(saved.qkv.shape, saved.qkv.dtype)
-    attend_backward = causal_attention_backward if saved.probs.causal else full_attention_backward
+    run: Any = attention if verbs is None else verbs
+    attend_backward = run.causal_attention_backward if saved.causal else run.full_attention_backward
     attend_backward(
         grad_attended.transpose(0, 2, 1, 3),
         *_split_heads(saved.qkv, saved.num_kv_heads),

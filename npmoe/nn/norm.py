@@ -40,7 +40,7 @@ def rms_norm(x: HostArray, weight: HostArray, eps: float = 1e-6) -> HostArray:
     ----------
     Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4.
     """
-    rows = _check("rms_norm", x, weight, None, eps)
+    rows = check_norm("rms_norm", x, weight, None, eps)
     y: HostArray = rows * _inverse_root(rows, eps)[:, None]
     y *= weight
     return y.reshape(x.shape)
@@ -74,7 +74,7 @@ def rms_norm_backward(
     -----
     **Cost**: 7 passes over x. **Order**: rows of grad_weight in the BLAS's order.
     """
-    rows = _check("rms_norm_backward", x, weight, None, eps, grad_y=grad_y)
+    rows = check_norm("rms_norm_backward", x, weight, None, eps, grad_y=grad_y)
     grad_rows = grad_y.reshape(rows.shape)
     inverse = _inverse_root(rows, eps)
     work = grad_rows * rows
@@ -117,7 +117,7 @@ def layer_norm(x: HostArray, weight: HostArray, bias: HostArray, eps: float = 1e
     ----------
     Ba, Kiros and Hinton 2016, "Layer Normalization", eq. 4.
     """
-    rows = _check("layer_norm", x, weight, bias, eps)
+    rows = check_norm("layer_norm", x, weight, bias, eps)
     y = _centre(rows)
     y *= _inverse_root(y, eps)[:, None]
     y *= weight
@@ -154,7 +154,7 @@ def layer_norm_backward(
     -----
     **Cost**: 11 passes over x. **Order**: rows of grad_weight in the BLAS's order.
     """
-    rows = _check("layer_norm_backward", x, weight, bias, eps, grad_y=grad_y)
+    rows = check_norm("layer_norm_backward", x, weight, bias, eps, grad_y=grad_y)
     grad_rows = grad_y.reshape(rows.shape)
     size = rows.shape[1]
     centred = _centre(rows)
@@ -190,7 +190,7 @@ def _inverse_root(rows: HostArray, eps: float) -> HostArray:
     return np.reciprocal(inverse, out=inverse)
 
 
-def _check(
+def check_norm(
     function: str,
     x: HostArray,
     weight: HostArray,
