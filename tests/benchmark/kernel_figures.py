@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import struct
 import sys
 from dataclasses import dataclass
@@ -31,20 +30,22 @@ _RESERVED = 1024  # which compilers add to the section themselves from sm_90 on
 PRECISIONS = ("float32", "tf32", "bfloat16")
 ORDER = ("gate_up", "down", "down_back", "down_wgrad", "gate_up_wgrad", "gate_up_back")
 E, K, H, I = 4, 1, 256, 128
-_LABEL = re.compile(r"\s*(\.L_\w+):")
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;")
-_TARGET = re.compile(r"`\((\.L_\w+)\)")
 
 
 @cache
-def sass():
-    """Return the module of the kernels' own tests that knows nvdisasm."""
-    path = Path(__file__).parents[1] / "gpu" / "sass_counts.py"
-    spec = importlib.util.spec_from_file_location("sass_counts_for_figures", path)
+def gpu_module(name: str):
+    """Return a module of the kernels' own tests, which know the disassemblers."""
+    path = Path(__file__).parents[1] / "gpu" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_for_figures", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def find_programs() -> tuple[str | None, str | None]:
+    """Return nvdisasm and cuobjdump."""
+    return gpu_module("sass_counts").find_nvdisasm(), gpu_module("compile_gates").find_cuobjdump()
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,12 @@ def variants(precision: str) -> dict[str, Launch]:
 
 def measure(precision: str, launch: Launch, arch: str) -> list[int]:
     """Return registers, static shared bytes, and the main loop's instructions and multiplies."""
-    program = sass().find_nvdisasm()
+    nvdisasm, cuobjdump = find_programs()
     cubin = compile_kernel(launch.kernel, arch, "cubin")
+    usage = gpu_module("compile_gates").read_usage(cubin, cuobjdump)[launch.kernel.entry]
     shared = shared_bytes(cubin) - _RESERVED * (int(arch[3:]) >= 90)
-    loop = main_loop(sass().disassemble(cubin, program), stage_multiplies(precision, launch))
-    return [sass().count_registers(cubin), shared, *loop]
+    text = gpu_module("sass_counts").disassemble(cubin, nvdisasm)
+    return [usage.registers, shared, *main_loop(text, stage_multiplies(precision, launch))]
 
 
 def stage_multiplies(precision: str, launch: Launch) -> int:
@@ -122,18 +124,11 @@ def main_loop(text: str, stage: int) -> tuple[int, int]:
     That is the smallest loop with a barrier and multiplications. Where a loop inside it multiplies
     too, it turns as often as makes a `stage` of multiplications.
     """
-    labels, code = {}, []
-    for line in text.splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(code)
-        elif instruction := _INSTRUCTION.match(line):
-            code.append(instruction[1])
-    names = [c.split()[1] if c.startswith("@") else c.split()[0] for c in code]
+    machine = gpu_module("sass_counts").read_machine(text)
+    names = machine.opcodes
     kind = "HMMA" if any(name.startswith("HMMA") for name in names) else "FFMA"
     loops = []
-    for last, (instruction, name) in enumerate(zip(code, names, strict=True)):
-        target = _TARGET.search(instruction) if name.startswith("BRA") else None
-        first = labels[target[1]] if target else last + 1
+    for first, last in machine.loops:
         inside = names[first : last + 1]
         multiplies = sum(n.startswith(kind) for n in inside)
         if multiplies:

@@ -395,8 +395,8 @@ def fresh(cases):
         pytest.skip(str(error))
     if read_figures()["compiler"] != f"NVRTC {version}":
         pytest.skip(f"figures are those of {read_figures()['compiler']}, here is {version}")
-    if figures.sass().find_nvdisasm() is None:
-        pytest.skip("needs nvdisasm")
+    if None in figures.find_programs():
+        pytest.skip("needs nvdisasm and cuobjdump")
     for precision, name, arch in cases:
         launch = figures.variants(precision)[name]
         kept = read_figures()[precision]["kernels"][name][arch]

@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import numpy as np
 import npmoe
 from accel.cupy_raw import CupyBackend
 from accel.cupy_raw.backend import TILINGS
-from accel.cupy_raw.nvrtc import compile_kernel
 from accel.device.emulated import EmulatedDevice
 from accel.device.kernel import Kernel
 from accel.device.source import compiler_options, read_source
@@ -85,6 +85,7 @@ def run_layer(backend: Any, cfg: npmoe.MoEConfig, dtype: Any, tokens: int, half:
     return npmoe.moe_backward(out, saved, given)
 
 
+@cache
 def asked_kernels() -> dict[Kernel, Launch]:
     """List every variant that the backend "cupy" asks for, with one of its launches."""
     import ml_dtypes  # which tells NumPy of bfloat16
@@ -92,7 +93,8 @@ def asked_kernels() -> dict[Kernel, Launch]:
     found: dict[Kernel, Launch] = {}
     halves = (None, np.float16, ml_dtypes.bfloat16)
     lengths = ((16, 8), (6, 5))  # rows that are aligned, and that are not
-    for precision, dtype, half in itertools.product(TILINGS, (np.float32, np.float64), halves):
+    precisions: Any = TILINGS
+    for precision, dtype, half in itertools.product(precisions, (np.float32, np.float64), halves):
         if half is not None and dtype == np.float64:
             continue
         device = RecordingDevice()
@@ -167,11 +169,6 @@ def read_usage(cubin: bytes, cuobjdump: str) -> dict[str, Usage]:
         )
     text = done.stdout + done.stderr
     return {m[1]: Usage(*map(int, m.groups()[1:])) for m in _USAGE.finditer(text)}
-
-
-def nvrtc_usage(kernel: Kernel, arch: str, cuobjdump: str) -> Usage:
-    """Compile with NVRTC to machine code, and return what the entry needs."""
-    return read_usage(compile_kernel(kernel, arch, "cubin"), cuobjdump)[kernel.entry]
 
 
 def check_with_nvcc(kernel: Kernel, arch: str, nvcc: str) -> str:

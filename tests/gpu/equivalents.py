@@ -34,10 +34,10 @@ EQUIVALENTS = (
     Equivalent(
         "", _FLIP, r"x < low|x > high|c\.before \? c\.before|value > c\.after \? c\.after|"
         r"p\.value > c\.after \? c\.after|z = g <= 0 \?|top = (x|other)|chosen_top = x|"
-        r"chosen_total > eps|x > 0 \? x", r"setp\.\w+\.f", _SAME,
+        r"chosen_total > eps", r"setp\.\w+\.f", _SAME,
     ),
     Equivalent(
-        "", _FLIP, r"return erff?\(|return expf?\(", r"setp\.\w+\.f",
+        "", _FLIP, r"return erff?\(", r"setp\.\w+\.f",
         "the library's choice of a polynomial or a scaling: both are right at the edge",
     ),
     Equivalent(
@@ -45,10 +45,9 @@ EQUIVALENTS = (
         "the block behind the last has expert -1 too, so that the next line returns",
     ),
     Equivalent(
-        "grouped_gemm", _FLIP, r"const bool inside|ws\[k \* STRIDE_W|n < columns",
+        "grouped_gemm", _FLIP, r"const bool inside|ws\[k \* STRIDE_W",
         r"setp\.\w+\.s32 .*, (0|-1)$",
-        "row 0 and column 0 are copied by the first of the unrolled copies alone; n is -1 or "
-        "at least 16 in this one",
+        "row 0 and column 0 are copied by the first of the unrolled copies alone",
     ),
     Equivalent(
         "grouped_gemm|grouped_wgrad", f"{_FLIP}|guard dropped",
@@ -71,11 +70,6 @@ EQUIVALENTS = (
     Equivalent(
         "scan_experts|scan_blocks", f"{_MOVED}|{_FLIP}", r"for \(int first = 0", "",
         "one more pass, over no experts, adds zeros",
-    ),
-    Equivalent(
-        "scan_experts", _MOVED, r"for \(int c = 0|if \(e < num_experts\)", r", -1$",
-        "chunks - 1 < 3 asks for fewer than four chunks; with 0 the rest of the chunks are found "
-        "by the loop for the rest",
     ),
     Equivalent(
         "fill_blocks|finish_weights|spread_experts", _MOVED,

@@ -13,7 +13,14 @@ from pathlib import Path
 _LABEL = re.compile(r"\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
-_REGISTERS = b"\x04\x2f\x08\x00"  # in .nv.info: attribute REGCOUNT, then symbol and count
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Instructions by name, and each loop by the first and the last of them."""
+
+    opcodes: list[str]
+    loops: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +50,6 @@ def find_nvdisasm() -> str | None:
     return next((str(f.locate()) for f in files if f.name == "nvdisasm"), None)
 
 
-def count_registers(cubin: bytes) -> int:
-    """Return the registers of a thread, of a cubin with one kernel."""
-    at = cubin.index(_REGISTERS) + len(_REGISTERS) + 4
-    return int.from_bytes(cubin[at : at + 4], "little")
-
-
 def disassemble(cubin: bytes, nvdisasm: str) -> str:
     """Return machine code as text."""
     with tempfile.TemporaryDirectory() as folder:
@@ -60,28 +61,39 @@ def disassemble(cubin: bytes, nvdisasm: str) -> str:
     return done.stdout
 
 
-def count_instructions(text: str) -> SassCounts:
-    """Count, in the text of one kernel."""
+def read_machine(text: str) -> Machine:
+    """Find instructions, labels and the branches that go back."""
     labels: dict[str, int] = {}
-    code: list[str] = []
+    opcodes: list[str] = []
+    branches: list[tuple[str, int]] = []
     for line in text.splitlines():
         if label := _LABEL.match(line):
-            labels[label[1]] = len(code)
+            labels[label[1]] = len(opcodes)
         elif instruction := _INSTRUCTION.match(line):
-            code.append(instruction[1])
-    opcodes = [c.split()[1] if c.startswith("@") else c.split()[0] for c in code]
-    hmma = [i for i, name in enumerate(opcodes) if name.startswith("HMMA")]
-    loops = []
-    for last, (instruction, name) in enumerate(zip(code, opcodes, strict=True)):
-        target = _TARGET.search(instruction) if name.startswith("BRA") else None
-        first = labels[target[1]] if target else last + 1
-        if hmma and first <= hmma[0] and hmma[-1] <= last:
-            loops.append((last - first + 1, first, last))
-    size, first, last = min(loops, default=(0, 0, -1))
+            words = instruction[1].split()
+            name = words[1] if words[0].startswith("@") else words[0]
+            target = _TARGET.search(instruction[1]) if name.startswith("BRA") else None
+            if target:
+                branches.append((target[1], len(opcodes)))
+            opcodes.append(name)
+    loops = [(labels[label], last) for label, last in branches if labels[label] <= last]
+    return Machine(opcodes, loops)
+
+
+def count_instructions(text: str) -> SassCounts:
+    """Count, in the text of one kernel."""
+    machine = read_machine(text)
+    hmma = [i for i, name in enumerate(machine.opcodes) if name.startswith("HMMA")]
+    around = [
+        (last - first + 1, first, last)
+        for first, last in machine.loops
+        if hmma and first <= hmma[0] and hmma[-1] <= last
+    ]
+    size, first, last = min(around, default=(0, 0, -1))
     return SassCounts(
-        instructions=len(code),
+        instructions=len(machine.opcodes),
         hmma=len(hmma),
-        local=sum(name.startswith(("LDL", "STL")) for name in opcodes),
+        local=sum(name.startswith(("LDL", "STL")) for name in machine.opcodes),
         loop_instructions=size,
         loop_hmma=sum(first <= i <= last for i in hmma),
     )

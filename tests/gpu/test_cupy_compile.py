@@ -1,102 +1,53 @@
-"""Every variant that the host code can ask for compiles: no spills, no local memory, in budget."""
+"""Every variant that the host code can ask for compiles, within limits and as the table says."""
 
 # ruff: noqa: E402  # imports follow what they need
 from __future__ import annotations
 
 import random
 import shutil
-from functools import lru_cache
+from dataclasses import replace
 
 import pytest
-from compile_gates import (
-    ARCHITECTURES,
-    Launch,
-    RecordingDevice,
-    Usage,
-    asked_kernels,
-    check_with_nvcc,
-    find_cuobjdump,
-    nvrtc_usage,
-    read_usage,
-    run_layer,
-)
-from emulation import need_emulation
+from compile_gates import ARCHITECTURES, RecordingDevice, asked_kernels, check_with_nvcc, run_layer
+from emulation import need_emulation, need_tables
 
 need_emulation()
 
+import emulation
+import kernel_ratchets
+from kernel_ratchets import (
+    Figures,
+    check_variants,
+    draw_variants,
+    find_changes,
+    find_faults,
+    measure,
+    need_disassembly,
+    read_table,
+)
+
 import npmoe
-from accel.cupy_raw import CupyBackend
+from accel.cupy_raw import CupyBackend, nvrtc
 from accel.cupy_raw.nvrtc import KernelCompileError, compile_kernel
 from accel.device.kernel import Kernel
-
-# Most registers of a thread and bytes of static shared memory, over all architectures: by file,
-# entry and REAL. A ratchet: lower what can be lowered.
-BUDGETS: dict[tuple[str, str, str], tuple[int, int]] = {
-    ("grouped_simt", "grouped_gemm", "float"): (80, 17200),
-    ("grouped_simt", "grouped_gemm", "double"): (80, 33900),
-    ("wgrad_simt", "grouped_wgrad", "float"): (80, 8400),
-    ("wgrad_simt", "grouped_wgrad", "double"): (80, 16700),
-    ("grouped_mma", "grouped_gemm", "float"): (255, 1700),
-    ("wgrad_mma", "grouped_wgrad", "float"): (255, 1100),
-    ("rows", "", "float"): (48, 0),
-    ("rows", "", "double"): (64, 0),
-    ("router", "route_rows", "float"): (48, 0),
-    ("router", "route_rows", "double"): (64, 0),
-    ("plan", "", ""): (40, 200),
-}
-RESERVED = 1024  # what every block gives to the system on sm_80 and later
+from accel.device.source import read_source
 
 
-@lru_cache(maxsize=1)
-def asked() -> dict[Kernel, Launch]:
-    return asked_kernels()
+def drawn(seed: int) -> list[tuple[Kernel, str]]:
+    """Draw a variant of each file and entry."""
+    return draw_variants(asked_kernels(), lambda kernel: (kernel.file, kernel.entry), seed)
 
 
-def cuobjdump() -> str:
-    found = find_cuobjdump()
-    if found is None:
-        pytest.skip("needs cuobjdump, on the path or of the wheel nvidia-cuda-cuobjdump")
-    return found
-
-
-def check_usage(kernel: Kernel, arch: str, launch: Launch) -> Usage:
-    """Compile, and hold to the budgets."""
-    usage = nvrtc_usage(kernel, arch, cuobjdump())
-    real = str(dict(kernel.options).get("REAL", ""))
-    key = (kernel.file, kernel.entry, real)
-    registers, shared = BUDGETS.get(key) or BUDGETS[kernel.file, "", real]
-    what = f"{kernel} for {arch}: {usage}"
-    assert (usage.local, usage.stack) == (0, 0), what
-    assert usage.registers <= registers, what
-    assert usage.shared <= shared + RESERVED, what
-    # What one block may have, and all registers of a multiprocessor.
-    assert launch.shared_mem + usage.shared <= 99 * 1024, what
-    assert usage.registers * launch.threads <= 65536, what
-    return usage
-
-
-def sample(seed: int, count: int) -> list[tuple[Kernel, str]]:
-    """Draw variants: of each file and entry some, each for one architecture."""
-    rng, groups = random.Random(seed), {}
-    for kernel in sorted(asked(), key=str):
-        groups.setdefault((kernel.file, kernel.entry), []).append(kernel)
-    chosen = [k for of in groups.values() for k in rng.sample(of, min(count, len(of)))]
-    return [(kernel, rng.choice(ARCHITECTURES)) for kernel in chosen]
-
-
-def test_a_sample_compiles_without_spills_within_budget() -> None:
-    seen = set()
-    for kernel, arch in sample(1, 1):
-        check_usage(kernel, arch, asked()[kernel])
-        seen.add((kernel.file, kernel.entry))
-    assert seen == {(k.file, k.entry) for k in asked()}
+def test_a_sample_is_within_limits_and_as_in_the_table() -> None:
+    pairs = drawn(1)
+    assert {(k.file, k.entry) for k, _ in pairs} == {(k.file, k.entry) for k in asked_kernels()}
+    check_variants(pairs)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_all_compile_without_spills_within_budget(arch: str) -> None:
-    for kernel, launch in asked().items():
-        check_usage(kernel, arch, launch)
+def test_all_are_within_limits_and_as_in_the_table(arch: str) -> None:
+    check_variants((kernel, arch) for kernel in asked_kernels())
 
 
 def nvcc() -> str:
@@ -107,22 +58,22 @@ def nvcc() -> str:
 
 
 def test_a_sample_compiles_with_nvcc() -> None:
-    for kernel, arch in random.Random(2).sample(sample(2, 1), 5):
+    for kernel, arch in random.Random(2).sample(drawn(2), 5):
         check_with_nvcc(kernel, arch, nvcc())
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_all_compile_with_nvcc(arch: str) -> None:
-    for kernel in asked():
+    for kernel in asked_kernels():
         check_with_nvcc(kernel, arch, nvcc())
 
 
 def test_the_host_code_asks_for_every_file_and_entry() -> None:
-    files = {k.file for k in asked()}
+    files = {k.file for k in asked_kernels()}
     assert files == {"plan", "rows", "router", "grouped_simt", "wgrad_simt", "grouped_mma",
                      "wgrad_mma"}  # fmt: skip
-    simt = [k for k in asked() if k.file == "grouped_simt"]
+    simt = [k for k in asked_kernels() if k.file == "grouped_simt"]
     assert {dict(k.options)["BLOCK_M"] for k in simt} == {16, 64}
     assert {dict(k.options)["EPILOGUE"] for k in simt} == {0, 1, 2, 3}
     assert {dict(k.options)["WEIGHT"] for k in simt} == {"float", "double", "half16", "bfloat16"}
@@ -148,18 +99,81 @@ extern "C" __global__ void __launch_bounds__(1024, 2) k(const float *x, float *y
 """
 
 
-def test_the_gate_sees_local_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
-    import accel.cupy_raw.nvrtc as compiling
+def test_the_gate_sees_local_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    need_disassembly()
+    monkeypatch.setattr(nvrtc, "read_source", lambda _: SPILLING)
+    assert measure(Kernel("spilling", "k"), "sm_90").local > 0
 
-    monkeypatch.setattr(compiling, "read_source", lambda _: SPILLING)
-    cubin = compile_kernel(Kernel("spilling", "k"), "sm_90", "cubin")
-    usage = read_usage(cubin, cuobjdump())["k"]
-    assert usage.stack > 0 or usage.local > 0
+
+GRADIENT = Kernel("wgrad_simt", "grouped_wgrad", (("REAL", "float"), ("GATHER", 0)))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "fault"), [("(256)", "registers 55 -> 40"), ("(256, 8)", "local memory")]
+)
+def test_other_launch_bounds_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, bounds: str, fault: str
+) -> None:
+    need_tables()
+    text = read_source("wgrad_simt")
+    changed = text.replace("__launch_bounds__(256, 3)", f"__launch_bounds__{bounds}")
+    assert changed != text
+    monkeypatch.setattr(nvrtc, "read_source", lambda _: changed)
+    with pytest.raises(AssertionError, match=fault):
+        check_variants([(GRADIENT, "sm_80")])
+
+
+def test_another_compiler_is_held_to_the_limits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(emulation, "nvrtc_version", lambda: "13.9")
+    with pytest.raises(pytest.skip.Exception, match=r"this is 13\.9"):
+        check_variants([(GRADIENT, "sm_80")])
+    monkeypatch.setattr(kernel_ratchets, "MOST_SHARED", 8319)
+    with pytest.raises(AssertionError, match="8320 shared bytes"):
+        check_variants([(GRADIENT, "sm_80")])
+
+
+def test_every_limit_can_be_missed() -> None:
+    plain = asked_kernels()[GRADIENT]
+    assert (plain.threads, plain.shared_mem) == (256, 0)
+    good = Figures(registers=64, shared=1000, local=0)
+    assert find_faults(plain, good) == []
+    assert find_faults(plain, replace(good, local=8)) == ["8 bytes of local memory, or accesses"]
+    wide = replace(plain, threads=1024)
+    assert find_faults(wide, good) == []
+    # Registers are given in eights.
+    assert find_faults(wide, replace(good, registers=65)) == ["73728 registers of a block"]
+    large = replace(plain, shared_mem=99 * 1024 - 1000)
+    assert find_faults(large, good) == []
+    assert find_faults(large, replace(good, shared=1001)) == ["101377 shared bytes"]
+
+
+def test_every_figure_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Figures(64, 1000, 0, 384, 32)
+    assert find_changes(known, known) == []
+    assert find_changes(known, None) == ["not in the table"]
+    for name, old in (("registers", 64), ("shared", 1000), ("local", 0),
+                      ("loop_instructions", 384), ("loop_mma", 32)):  # fmt: skip
+        for new in (old - 1, old + 1):
+            changed = replace(known, **{name: new})
+            assert find_changes(changed, known) == [f"{name} {old} -> {new}"]
+    need_tables()
+    lower = dict(read_table())
+    key = (str(GRADIENT), "sm_80")
+    lower[key] = replace(lower[key], registers=lower[key].registers - 1)
+    monkeypatch.setattr(kernel_ratchets, "read_table", lambda: lower)
+    with pytest.raises(AssertionError, match=r"registers 54 -> 55\nPYTHONPATH=\. python tests"):
+        check_variants([(GRADIENT, "sm_80")])
+
+
+def test_the_table_has_what_is_asked_for() -> None:
+    asked = {(str(kernel), arch) for kernel in asked_kernels() for arch in ARCHITECTURES}
+    assert read_table().keys() == asked
+    launches = {str(kernel): launch for kernel, launch in asked_kernels().items()}
+    faults = {key: find_faults(launches[key[0]], f) for key, f in read_table().items()}
+    assert {key: found for key, found in faults.items() if found} == {}
 
 
 def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import accel.cupy_raw.nvrtc as compiling
-
-    monkeypatch.setattr(compiling, "read_source", lambda _: "nonsense;")
+    monkeypatch.setattr(nvrtc, "read_source", lambda _: "nonsense;")
     with pytest.raises(KernelCompileError, match=r"k of wrong \(A=1\) must compile with -arch"):
         compile_kernel(Kernel("wrong", "k", (("A", 1),)), "sm_90", "cubin")
