@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal, overload
 
 import numpy as np
 
@@ -56,6 +57,32 @@ from npmoe.routed_path import routed_backward, routed_forward
 from npmoe.saved import SavedTensors
 from npmoe.shared_expert import shared_backward, shared_forward
 from npmoe.soft_path import soft_backward, soft_forward
+
+
+@overload
+def moe_forward(
+    hidden_states: Array,
+    params: MoEParams,
+    cfg: MoEConfig,
+    backend: str | Backend | None = None,
+    rng: np.random.Generator | None = None,
+    token_mask: Array | None = None,
+    topk_ids: Array | None = None,
+    save: Literal[True] = True,
+) -> tuple[Array, SavedTensors]: ...
+
+
+@overload
+def moe_forward(
+    hidden_states: Array,
+    params: MoEParams,
+    cfg: MoEConfig,
+    backend: str | Backend | None = None,
+    rng: np.random.Generator | None = None,
+    token_mask: Array | None = None,
+    topk_ids: Array | None = None,
+    save: bool = True,
+) -> tuple[Array, SavedTensors | None]: ...
 
 
 def moe_forward(

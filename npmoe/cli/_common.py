@@ -39,7 +39,6 @@ def write_output(option: str, path: str, text: str) -> None:
         ) from error
 
 
-
 def print_table(rows: Sequence[tuple[str, str]]) -> None:
     """Print label and value in two columns."""
     width = max(len(label) for label, _ in rows)

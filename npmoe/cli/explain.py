@@ -203,8 +203,6 @@ def _draw(case: _Case, folder: Path, backend: Backend) -> None:
     _, saved = moe_forward(
         *(case.hidden_states, case.params, case.cfg, backend, case.rng()), topk_ids=case.topk_ids
     )
-    if saved is None:
-        return
     soft = case.cfg.routing == "soft"
     plan = None if soft else saved.plan
     plots.plot_routing(saved.routing, folder / "routing.png", plan=plan)

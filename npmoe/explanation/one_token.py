@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import cast
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from npmoe.explanation.choices import route_choices, slot_choices
 from npmoe.explanation.result import Explanation, Status
 from npmoe.layer import moe_forward
 from npmoe.params import MoEParams
-from npmoe.saved import SavedTensors
 
 
 def explain(
@@ -77,8 +75,7 @@ def explain(
     )
     draws = None if rng is None else steps.RecordedDraws(rng)
     lenient = dataclasses.replace(cfg, nan_policy="drop") if cfg.nan_policy == "raise" else cfg
-    _, found = moe_forward(hidden_states, params, lenient, run, draws, token_mask, topk_ids)
-    saved = cast("SavedTensors", found)
+    _, saved = moe_forward(hidden_states, params, lenient, run, draws, token_mask, topk_ids)
     call = steps.Call.of(saved, params, draws, replayed=topk_ids is not None)
     routing = call.routing
     host_mask = None if mask is None else run.asnumpy(mask)

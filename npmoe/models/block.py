@@ -129,8 +129,7 @@ def feed_forward(
         return y, DenseSaved(x, gate_up)
     if moe is None:
         raise RangeError("block: moe must be a config for a block with MoE parameters, got None.")
-    output, saved = moe_forward(x, params, moe, backend, rng)
-    return output, saved  # type: ignore[return-value]  # save=True never gives None
+    return moe_forward(x, params, moe, backend, rng)
 
 
 def feed_forward_backward(

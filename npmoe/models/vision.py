@@ -196,12 +196,12 @@ def vision_backward(
     )
     return VisionParams(
         patch_proj=grad_patch_proj,
-        patch_bias=grad_patch_bias,  # type: ignore[arg-type]  # there is a bias
+        patch_bias=grad_patch_bias,
         position_embedding=None if params.position_embedding is None else grad_x.sum(axis=0),
         blocks=grad_blocks,
         final_norm=grad_final_norm,
         head=grad_head,
-        head_bias=grad_head_bias,  # type: ignore[arg-type]  # there is a bias
+        head_bias=grad_head_bias,
     )
 
 

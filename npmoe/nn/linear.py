@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 from npmoe import ops
 from npmoe._typing import HostArray
 from npmoe.nn._inputs import Inputs
@@ -32,6 +34,18 @@ def linear(x: HostArray, weight: HostArray, bias: HostArray | None = None) -> Ho
     rows = _check("linear", x, weight, bias)
     y: HostArray = ops.linear(rows, weight, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@overload
+def linear_backward(
+    grad_y: HostArray, x: HostArray, weight: HostArray, bias: HostArray
+) -> tuple[HostArray, HostArray, HostArray]: ...
+
+
+@overload
+def linear_backward(
+    grad_y: HostArray, x: HostArray, weight: HostArray, bias: HostArray | None = None
+) -> tuple[HostArray, HostArray, HostArray | None]: ...
 
 
 def linear_backward(
