@@ -15,6 +15,7 @@ strides spread what a warp stores over all 32 banks.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from numba import cuda
@@ -41,8 +42,9 @@ class Tile(NamedTuple):
     store_sums: Any  # (sums, scratch, tx, ty)
 
 
+@lru_cache(maxsize=8)
 def make_tile(real: Any, height: int) -> Tile:
-    """Return a tile of `height` rows, 16 to 64."""
+    """Return a tile of `height` rows, 16 to 64; variants share it, compiled."""
     ROWS, LEFT_STRIDE = height // SIDE, height + 2
     RIGHT = DEPTH * LEFT_STRIDE
 

@@ -7,6 +7,7 @@ rounds down. `natural` says that a number is not negative, so that neither can h
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from numba import cuda
@@ -15,7 +16,8 @@ from numba.cuda.types import float32, float64, int32, int64, uint16, uint32
 ALL_LANES = 0xFFFFFFFF
 WARP = 32
 
-inline = cuda.jit(device=True)
+# Lines of PTX are those of the function itself, not of the kernel that calls it.
+inline = cuda.jit(device=True, lineinfo=True)
 
 # Options of a variant by the names of the CUDA C++ kernels; half precision comes as bits.
 TYPES = {"float": float32, "double": float64, "half16": uint16, "bfloat16": uint16}
@@ -66,6 +68,7 @@ def warp_sum(x):
     return x
 
 
+@lru_cache(maxsize=4)
 def widen_of(WEIGHT: str) -> Any:
     """Return the function that makes a number of a stored element."""
     if WEIGHT == "half16":

@@ -8,13 +8,15 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numba_problems import Experts, draw_experts, plan_of, run_experts
 
 import npmoe
+from accel.numba_cpu import launch, team
 from npmoe import MoEParams
 
 PAGE = mmap.PAGESIZE
@@ -85,13 +87,67 @@ def run(side: str, sizes: Sequence[tuple[int, int]]) -> int:
     return done
 
 
+@contextmanager
+def fenced_memory(side: str) -> Iterator[None]:
+    """Let the backend's own arrays and scratch end, or begin, at a forbidden page too."""
+    originals = np.empty, launch.aligned_empty, team.aligned_empty
+    empty = np.empty
+
+    def fenced(shape: Any, dtype: Any = float) -> np.ndarray:
+        return guard(empty(shape, dtype), side)
+
+    np.empty = launch.aligned_empty = team.aligned_empty = fenced
+    try:
+        yield
+    finally:
+        np.empty, launch.aligned_empty, team.aligned_empty = originals
+
+
+def run_model_verbs(side: str, shapes: Sequence[tuple[int, ...]]) -> int:
+    done = 0
+    for number, (heads, kv_heads, length, keys, size) in enumerate(shapes):
+        for dtype in ("float32", "float64"):
+            rng = np.random.default_rng(number)
+            q, grad = (rng.standard_normal((2, heads, length, size)).astype(dtype)
+                       for _ in range(2))  # fmt: skip
+            k, v = (rng.standard_normal((2, kv_heads, keys, size)).astype(dtype)
+                    for _ in range(2))  # fmt: skip
+            fenced = [guard(a, side) for a in (grad, q, k, v)]
+            weight = guard(q[0, 0, 0], side)
+            backend: Any = npmoe.get_backend("numba", num_threads=1)
+            plain = backend.nn
+            for kind in ("causal", "full")[keys < length :]:
+                out, saved = getattr(plain, f"{kind}_attention")(q, k, v)
+                grads = getattr(plain, f"{kind}_attention_backward")(grad, q, k, v, saved)
+                # Scratch of exactly the room that this problem asks for, and of no other thread.
+                fresh: Any = npmoe.get_backend("numba", num_threads=1)
+                with fenced_memory(side):
+                    found, kept = getattr(fresh.nn, f"{kind}_attention")(*fenced[1:])
+                fresh = npmoe.get_backend("numba", num_threads=1)
+                with fenced_memory(side):
+                    found_grads = getattr(fresh.nn, f"{kind}_attention_backward")(*fenced, kept)
+                for got, want in zip((found, *found_grads), (out, *grads), strict=True):
+                    np.testing.assert_array_equal(got, want)
+            with fenced_memory(side):
+                y = plain.rms_norm(fenced[1], weight)
+                grads = plain.rms_norm_backward(*fenced[:2], weight)
+            np.testing.assert_array_equal(y, plain.rms_norm(q, weight))
+            for got, want in zip(grads, plain.rms_norm_backward(grad, q, weight), strict=True):
+                np.testing.assert_array_equal(got, want)
+            done += 1
+    return done
+
+
 def main() -> None:
     if sys.argv[1] == "plant":
         array = guard(np.ones(5), "after")
         ctypes.cast(array.ctypes.data + array.nbytes, ctypes.POINTER(ctypes.c_double))[0]
         return
     sizes = [(1, 1), (5, 3), (15, 17), (16, 48), (33, 64), (63, 65), (100, 97)]
-    sys.stdout.write(f"{run(sys.argv[1], sizes)}\n")
+    shapes = [(1, 1, 1, 1, 1), (4, 2, 31, 33, 17), (2, 2, 30, 32, 16), (2, 1, 61, 97, 33),
+              (1, 1, 7, 64, 130), (3, 1, 40, 5, 15), (2, 2, 64, 64, 32)]  # fmt: skip
+    done = run(sys.argv[1], sizes) + run_model_verbs(sys.argv[1], shapes)
+    sys.stdout.write(f"{done}\n")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from npmoe.testing.balls import Ball, Model
 from npmoe.testing.bounds import assert_within
 
 SCHEDULES: tuple[str | int, ...] = ("in-order", "reversed", 7)
-# Accesses and backward branches; the launches of the sweep stay below a tenth of it.
-LIMIT = 4_000_000
+# Accesses and backward branches of a mutant; the unchanged kernels stay below it.
+LIMIT = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,15 @@ class Mutants:
         self._mutant: Mutant | None = None
 
     def launch(self, *args: Any, **kwargs: Any) -> ptx.LaunchResult:
-        """Launch the mutant that is being judged."""
-        assert self._mutant is not None
-        return self._module.launch(*args, **kwargs, limit=LIMIT, edit=self._mutant.name)
+        """Launch the mutant that is being judged, or the unchanged kernel."""
+        edit = None if self._mutant is None else self._mutant.name
+        return self._module.launch(*args, **kwargs, limit=LIMIT, edit=edit)
 
-    def noticed(self, mutant: Mutant, cases: Iterable[Case]) -> str | None:
-        """Run cases until one notices the mutant; say which and how, or None."""
+    def noticed(self, mutant: Mutant | None, cases: Iterable[Case]) -> str | None:
+        """Run cases until one notices the mutant; say which and how, or None.
+
+        None is the unchanged kernel: cases that it does not pass notice every mutant.
+        """
         modules, self._mutant = self._device._modules, mutant
         before = modules.get(self._kernel)
         modules[self._kernel] = self, self._entry  # type: ignore[assignment]

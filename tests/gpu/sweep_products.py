@@ -38,6 +38,16 @@ PLAIN: tuple[Activation, ...] = (
     ("gelu_tanh", None, None),
 )  # fmt: skip
 EXACT = ("relu", "relu2", "reglu")
+# Curves that decide something, with limits at which SiLU is the identity in every dtype.
+TIED_GATED: tuple[Activation, ...] = (
+    ("reglu", None, None), ("swiglu_clamp_pre", None, 40.0), ("swiglu_clamp_post", None, 40.0),
+    ("swiglu_oai", 1.0, 40.0), ("geglu", None, None), ("geglu_tanh", None, None),
+)  # fmt: skip
+TIED_PLAIN: tuple[Activation, ...] = tuple(
+    (n, None, None) for n in ("relu", "relu2", "gelu", "gelu_tanh")
+)
+# Where CUDA's erff takes its other polynomial.
+ERF_EDGE = np.array(0x3F8060FE, np.uint32).view(np.float32)
 
 
 def curve(of: Activation, dtype: Any) -> Curve:
@@ -48,6 +58,26 @@ def curve(of: Activation, dtype: Any) -> Curve:
         activation_alpha=alpha, activation_limit=limit,
     )  # fmt: skip
     return curve_of(cfg, dtype)
+
+
+def ties(of: Activation, real: Any) -> np.ndarray:
+    """Return one row of pre-activations (2I,) or (I,) at which a curve takes either side."""
+    name, _, limit = of
+    gates, ups = [0.0, -0.0], [1.0]
+    if limit is not None:
+        gates, ups = [*gates, limit], [*ups, limit, -limit]
+    if name in ("gelu", "geglu"):
+        edge = float(ERF_EDGE) * 2.0**0.5
+        gates += [side * edge * (1 + k * 2.0**-24) for side in (1, -1) for k in range(-4, 5)]
+    if name in ("gelu_tanh", "geglu_tanh"):
+        gates += [21.2, -21.2]  # exp of what lies between -745 and -708, subnormal in float64
+    pairs = np.array([(g, u) for g in gates for u in ups], real)
+    return pairs.T.reshape(-1) if of in TIED_GATED else pairs[:, 0]
+
+
+def has_sign(x: np.ndarray) -> bool:
+    """Say whether there is a minus sign, be it of a zero."""
+    return bool(np.signbit(x).any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +128,7 @@ class Product:
     foreign: bool = False  # one expert is another rank's
     seed: int = 0
     absent: float = 0.15
+    tied: bool = False  # y is `ties` in every row
     tiling: Tiling = SIMT
 
     @cached_property
@@ -130,6 +161,14 @@ class Product:
         }
         if not self.bias or backward:
             data["bias"] = None
+        if self.tied:
+            data["y"][:] = ties(self.activation, real)
+            if not backward:  # by the bias, or else by the first step of depth
+                data["weight"][:], data["x"][:, 0] = 0, 1
+                if self.bias:
+                    data["bias"][:] = data["y"][0]
+                else:
+                    data["weight"][:, :, 0] = data["y"][0]
         data["y"][R:] = np.nan  # what nobody has written
         if not f.gather:
             data["x"][R:] = np.nan
@@ -198,9 +237,14 @@ class Product:
             bias=put(d["bias"]), topk_weights=put(d["topk_weights"]) if needs_weights else None,
             curve=curve(self.activation, real) if f.gather else None, **inputs, **out,
         )  # fmt: skip
-        exact = self.scale is None and (not f.gather or self.activation[0] in EXACT)
-        for name, array in out.items():
-            judge(array, d["expected"][name], f"{self} {name}", exact=exact, written=d["written"])
+        name, _, limit = self.activation
+        exact = name in EXACT or (self.tied and limit is not None)
+        exact = self.scale is None and (exact or not f.gather)
+        for key, array in out.items():
+            judge(array, d["expected"][key], f"{self} {key}", exact=exact, written=d["written"])
+        if self.tied and name in EXACT:
+            rows = np.flatnonzero(d["written"])
+            assert not has_sign(out["act"]._host[rows]), f"{self}: -0.0 of a ReLU"
 
     def __str__(self) -> str:
         shape = f"{self.columns}x{self.depth} T{self.tokens} K{self.top_k} E{self.experts}"
@@ -233,6 +277,10 @@ def sharp_products(form: Form) -> Iterator[Case]:
             yield Product(form, 9, 5, 9, 2, 2, None, one, bias=False, keep=k % 3 > 0).case
             # Beyond the range of exp.
             yield Product(form, 20, 5, 5, 1, 2, 900.0, one, bias=False).case
+        for one in TIED_GATED if form.gated else TIED_PLAIN:
+            columns = len(ties(one, form.real)) // (1 + form.gated)
+            for bias in (True, False):
+                yield Product(form, columns, 5, 5, 1, 2, None, one, bias, tied=True).case
 
 
 def all_products(form: Form) -> Iterator[Case]:
@@ -319,6 +367,7 @@ def sharp_gradients(gather: int, real: str = "float32") -> Iterator[Case]:
         tokens = (2, 6, 10, 14, 16, 33, 1, 5)[k]
         yield WeightGradient(gather, M, N, tokens, 1, 1, k % 2 == 1, real=real, absent=0.0).case
         yield WeightGradient(gather, M + 1, N + 3, 1 + k, 3, 2, k % 2 == 0, real=real, seed=k).case
+    yield WeightGradient(gather, 36, 64, 10, 1, 1, real=real, absent=0.0).case
     yield WeightGradient(gather, 67, 63, real=real).case
     yield WeightGradient(gather, 61, 66, 40, 1, 2, True, real=real).case
     yield WeightGradient(gather, 64, 64, 11, 3, 2, scale=1.0, real=real).case

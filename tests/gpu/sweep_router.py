@@ -17,6 +17,7 @@ from npmoe.testing.router_bounds import chosen_scores
 from npmoe.testing.score_bounds import normalize, score
 
 NAN, INF = np.nan, np.inf
+VANISHED = 2000.0  # exp of its negative is 0 in every dtype
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class Route:
     bias: bool = False
     mask: bool = False
     broken: tuple[float, ...] = ()  # a row for each: it holds that once
+    in_turn: bool = False  # row t in column t
     never: int = 0  # this many logits of every row are -inf
     nan_bias: bool = False
-    lower: float = 0.0  # all logits are lower by this
+    spared: bool = False  # but not of expert 0
+    lower: float = (
+        0.0  # all logits are lower by this; by `VANISHED`, scores other than softmax's are 0
+    )
     forbidden: bool = False  # expert 0 is never, and the bias forbids all others
     seed: int = 0
 
@@ -56,11 +61,11 @@ class Route:
             if value == -INF:
                 logits[t] = value
             else:
-                logits[t, rng.integers(self.experts)] = value
+                logits[t, t if self.in_turn else rng.integers(self.experts)] = value
         # The bias keeps keys apart too: of scores, it must outweigh them.
         bias = rng.integers(-3, 4, self.experts) * 2.0
         if self.nan_bias:
-            bias[:] = NAN
+            bias[int(self.spared) :] = NAN
         if self.forbidden:
             logits[:, 0], bias[1:] = -INF, -INF
         mask = rng.random(self.tokens) < 0.6
@@ -86,15 +91,20 @@ class Route:
         clean = exactly(np.where(good[:, None], logits, 0.0), self.real)
         probs = score(clean, cfg.score_fn)
         by_logits = cfg.router_order == "topk_score" or cfg.selection_bias_on == "logits"
-        key = clean.mid if by_logits or bias is None else probs.mid
+        vanished = self.lower >= VANISHED
+        key = clean.mid if by_logits or (bias is None and not vanished) else probs.mid
         if bias is not None and not self.nan_bias:
             key = key + bias
         # Equal logits have equal scores on both sides; the sort is stable.
         order = np.argsort(-key, axis=1, kind="stable")[:, : self.top_k]
         if not self.nan_bias:
             ids[good] = order[good]
+        elif self.spared:
+            ids[good, 0] = 0
         raw = chosen_scores(clean, probs, ids * good[:, None] - ~good[:, None], cfg)
-        weights = normalize(raw, np.ones(raw.mid.shape, bool), cfg).weights
+        weights = raw  # where all are 0, they stay
+        if not vanished:
+            weights = normalize(raw, np.ones(raw.mid.shape, bool), cfg).weights
         weights = weights * Ball.drawn(np.full((1, 1), cfg.routed_scaling_factor), raw.model)
         assert np.array_equal(got["topk_ids"]._host, ids), str(self)
         judge(got["probs"], probs.where(good[:, None]), f"{self} probs")
@@ -166,6 +176,16 @@ def sharp_routes(real: str = "float32") -> Iterator[Case]:
         Route(3, 64, 33, _of(**top)),
         Route(5, 5, 3, _of(**top), lower=50.0),
         Route(3, 64, 60, _of(**top), spread=1500),
+        # Every column alone decides, and every expert is chosen at last.
+        Route(70, 70, 1, _of(nan_policy="drop"), broken=(NAN,) * 70, in_turn=True),
+        Route(70, 70, 1, _of(nan_policy="drop"), broken=(INF,) * 70, in_turn=True),
+        Route(2, 70, 70, bias=True, spread=4),
+        Route(2, 70, 70, _of(**sig), bias=True, spread=4),
+        Route(2, 70, 70, _of(**sig, **on_logits), bias=True, spread=4),
+        Route(2, 70, 70, _of(**top, **on_logits), bias=True, spread=4),
+        Route(2, 70, 70, _of(**top), spread=4),
+        # Nothing is left to divide by.
+        Route(3, 5, 2, _of(**sums, **sig), lower=VANISHED),
     ):
         yield Route(**(vars(one) | {"real": real})).case
 
@@ -173,12 +193,13 @@ def sharp_routes(real: str = "float32") -> Iterator[Case]:
 def all_routes(real: str = "float32") -> Iterator[Case]:
     """Yield the sharp ones, and experts around every multiple of a warp."""
     yield from sharp_routes(real)
+    # Beyond logits of 10 sigmoids of float32 meet, and order is no longer that of logits.
     for k in range(64):
         fn = ("softmax", "sigmoid", "sqrtsoftplus")[k % 3]
         yield Route(
             1 + k % 9, k + 1 + 32 * (k % 4), 1 + k % min(k + 1, 9), _of(score_fn=fn,
             nan_policy=("raise", "clamp", "drop")[k % 3 - 1], renormalize=k % 2 == 0 and k % 9 > 0),
-            real, (12, 60, 1)[k // 3 % 3], mask=k % 4 == 0,
+            real, (12, 40, 1)[k // 3 % 3], mask=k % 4 == 0,
             broken=(NAN, -INF, INF)[: min(k % 4, 1 + k % 9)], seed=k,
         ).case  # fmt: skip
     yield Route(2, 1024, 8, real=real).case

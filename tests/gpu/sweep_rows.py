@@ -8,7 +8,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from device_sweep import Case, Routes, draw, draw_routes, exactly, judge, put
-from sweep_products import EXACT, GATED, PLAIN, Activation, curve
+from sweep_products import (
+    EXACT,
+    GATED,
+    PLAIN,
+    TIED_GATED,
+    TIED_PLAIN,
+    Activation,
+    curve,
+    has_sign,
+    ties,
+)
 
 from accel.device import rows
 from accel.device.emulated import EmulatedDevice
@@ -232,12 +242,34 @@ def _activation(one: Activation, columns: int, real: str, scale: float | None, b
     return Case(name, run)
 
 
+def _tied(one: Activation, real: str, back: bool) -> Case:
+    name = f"activation{'_backward' * back} {one} {real} at ties"
+
+    def run(device: EmulatedDevice) -> None:
+        of, gate_up = curve(one, real), ties(one, real)[None]
+        grad = np.ones((1, gate_up.shape[1] // (1 + of.gated)), real)
+        z, g = exactly(gate_up, real), exactly(grad, real)
+        if back:
+            got = rows.activate_backward(device, put(grad), put(gate_up), of)
+            want = activation_backward(g, z, *one)
+        else:
+            got, want = rows.activate(device, put(gate_up), of), activation(z, *one)
+            nothing = rows.activate(device, put(np.full_like(gate_up, np.nan)), of)
+            assert np.isnan(nothing._host).all(), f"{name}: NaN is lost"
+        judge(got, want, name, exact=one[0] in EXACT or one[2] is not None)
+        assert one[0] not in EXACT or not has_sign(got._host), f"{name}: -0.0 of a ReLU"
+
+    return Case(name, run)
+
+
 def activation_cases(back: bool, real: str) -> Iterator[Case]:
     """Yield all curves: at their kinks and limits, near them, and beyond the range of exp."""
     for k, one in enumerate((*GATED, *PLAIN)):
         for scale in (None, 1.0, 40.0, 900.0, EDGE):
             yield _activation(one, 5 + k, real, scale, back)
         yield _activation(one, 131, real, 3.0, back)
+    for one in (*TIED_GATED, *TIED_PLAIN):
+        yield _tied(one, real, back)
 
 
 def cast_cases(given: str, target: str) -> Iterator[Case]:

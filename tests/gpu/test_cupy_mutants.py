@@ -65,6 +65,9 @@ def judge(target: Target, chosen: int | None, seed: int, tally: Tally) -> None:
         boundary = draw_mutants([m for m in every if not m.synchronises], chosen, seed)
         mutants = [m for m in every if m.synchronises] + boundary
     cases, planted = list(target.sharp()), Mutants(device, kernel, mutants)
+    assert planted.noticed(None, cases) is None
+    if chosen is None:
+        assert planted.noticed(None, target.full()) is None
     for mutant in mutants:
         if planted.noticed(mutant, cases):
             tally.caught[mutant.kind] += 1

@@ -15,7 +15,7 @@ need_emulation()
 
 from device_sweep import SCHEDULES, judge, put
 from sweep_catalog import Target, all_targets
-from uncovered import UNCOVERED
+from uncovered import UNCOVERED, key_of
 
 from accel.cupy_raw.nvrtc import emulated_ptx
 from accel.device.emulated import EmulatedDevice
@@ -77,9 +77,7 @@ def code_of(i: ptx.Instruction) -> str:
 def check_coverage(kernel: Kernel, coverage: ptx.Coverage) -> None:
     """Compare what did not run with the table, both ways, and hold it to 95 %."""
     missed = Counter(code_of(i) for i in coverage.missed)
-    real = dict(kernel.options).get("REAL", "")
-    key = (kernel.entry, str(real))
-    allowed = {code: count for code, (count, _) in UNCOVERED.get(key, {}).items()}
+    allowed = {code: count for code, (count, _) in UNCOVERED.get(key_of(kernel), {}).items()}
     shown = "\n".join(f"{code_of(i)!r}: {i.text}" for i in coverage.missed)
     assert dict(missed) == allowed, f"{kernel} misses {dict(missed)}, listed {allowed}\n{shown}"
     assert coverage.fraction >= 0.95, f"{kernel}: {coverage.fraction}"
@@ -107,7 +105,7 @@ def test_all_lines_that_do_not_run_are_listed(target: Target) -> None:
 
 def test_the_table_has_reasons() -> None:
     entries = {t.entry for t in TARGETS}
-    for (entry, _), lines in UNCOVERED.items():
+    for (entry, *_), lines in UNCOVERED.items():
         assert entry in entries
         assert all(count > 0 and len(reason) > 20 for count, reason in lines.values())
 

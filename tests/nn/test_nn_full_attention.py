@@ -1,16 +1,9 @@
 import numpy as np
 import pytest
-from attention_balls import attention_backward_ball, attention_ball, by_heads, sum_groups
+from attention_balls import attention_balls
 
 from npmoe.errors import ShapeError
 from npmoe.finite_differences import gradcheck
-from npmoe.nn import (
-    causal_attention,
-    causal_attention_backward,
-    full_attention,
-    full_attention_backward,
-)
-from npmoe.testing.balls import Ball
 from npmoe.testing.bounds import assert_within
 
 # B, Hq, Hkv, L, S, D
@@ -31,33 +24,13 @@ def drawn(shape, dtype="float64", scale=1.0):
     return q * np.dtype(dtype).type(scale), k, v, grad_out
 
 
-def by_queries(function, dtype, q, *others):
-    """Apply a ball function query by query: a last query sees all keys."""
-    length = q.shape[2]
-    queries = others[:1] if len(others) == 3 else ()
-    keys = others[len(queries) :]
-    return [
-        by_heads(function, dtype, q[:, :, i : i + 1], *(a[:, :, i : i + 1] for a in queries), *keys)
-        for i in range(length)
-    ]
-
-
-def joined(balls):
-    return Ball(
-        np.concatenate([b.mid for b in balls], axis=2),
-        np.concatenate([b.rad for b in balls], axis=2),
-        balls[0].model,
-    )
-
-
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward_lies_within_the_balls(shape, dtype, scale):
+def test_forward_lies_within_the_balls(verbs, shape, dtype, scale):
     q, k, v, _ = drawn(shape, dtype, scale)
-    out, probs = full_attention(q, k, v)
-    found = by_queries(attention_ball, dtype, q, k, v)
-    want, want_probs = (joined([f[i] for f in found]) for i in range(2))
+    out, probs = verbs.full_attention(q, k, v)
+    want, want_probs, *_ = attention_balls(dtype, q, k, v, q, causal=False)
     assert out.dtype == probs.dense().dtype == dtype
     assert_within(out, want.mid, want.rad, "out")
     assert_within(probs.dense(), want_probs.mid, want_probs.rad, "probs")
@@ -66,51 +39,43 @@ def test_forward_lies_within_the_balls(shape, dtype, scale):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_backward_lies_within_the_balls(shape, dtype):
+def test_backward_lies_within_the_balls(verbs, shape, dtype):
     q, k, v, grad_out = drawn(shape, dtype)
-    grads = full_attention_backward(grad_out, q, k, v, full_attention(q, k, v)[1])
-    found = by_queries(attention_backward_ball, dtype, q, grad_out, k, v)
-    want_q = joined([f[0] for f in found])
-    assert_within(grads[0], want_q.mid, want_q.rad, "grad_q")
-    for got, i in ((grads[1], 1), (grads[2], 2)):
-        stacked = Ball(
-            np.stack([f[i].mid for f in found]),
-            np.stack([f[i].rad for f in found]),
-            found[0][i].model,
-        ).sum(0)
-        want = sum_groups(stacked, k.shape[1])
-        assert_within(got, want.mid, want.rad, f"grad {i}")
+    grads = verbs.full_attention_backward(grad_out, q, k, v, verbs.full_attention(q, k, v)[1])
+    wants = attention_balls(dtype, q, k, v, grad_out, causal=False)[2:]
+    for name, got, want in zip("qkv", grads, wants, strict=True):
+        assert_within(got, want.mid, want.rad, f"grad_{name}")
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4])
-def test_gradients(shape):
+def test_gradients(verbs, shape):
     def backward(grad_out, q, k, v):
-        return full_attention_backward(grad_out, q, k, v, full_attention(q, k, v)[1])
+        return verbs.full_attention_backward(grad_out, q, k, v, verbs.full_attention(q, k, v)[1])
 
-    report = gradcheck(lambda *a: full_attention(*a)[0], backward, drawn(shape)[:3])
+    report = gradcheck(lambda *a: verbs.full_attention(*a)[0], backward, drawn(shape)[:3])
     assert max(report.elementwise.values()) < 1e-8
 
 
-def test_one_large_key_at_the_end_is_seen_by_all():
+def test_one_large_key_at_the_end_is_seen_by_all(verbs):
     """The shift that keeps exponentials finite looks at every key, not at the earlier ones."""
     q, k, v, _ = drawn((1, 1, 1, 40, 40, 3), "float32")
     k[:, :, -1] *= 1e4
-    out, probs = full_attention(q, k, v)
+    out, probs = verbs.full_attention(q, k, v)
     assert np.isfinite(out).all()
     towards = np.einsum("bhld,bhd->bhl", q, k[:, :, -1]) > 0
     assert 5 < towards.sum() < 35
     assert (probs.dense()[..., -1][towards] > 0.999).all()
 
 
-def test_probabilities_of_the_other_kind_are_refused():
+def test_probabilities_of_the_other_kind_are_refused(verbs):
     q, k, v, grad_out = drawn((1, 2, 1, 3, 3, 2))
     with pytest.raises(
         ShapeError,
         match=r"^full_attention_backward: probs must come from full_attention, got those of the "
         r"other kind\. Pass what their own forward returned\.$",
     ):
-        full_attention_backward(grad_out, q, k, v, causal_attention(q, k, v)[1])
+        verbs.full_attention_backward(grad_out, q, k, v, verbs.causal_attention(q, k, v)[1])
     with pytest.raises(ShapeError, match=r"^causal_attention_backward: probs must come from caus"):
-        causal_attention_backward(grad_out, q, k, v, full_attention(q, k, v)[1])
+        verbs.causal_attention_backward(grad_out, q, k, v, verbs.full_attention(q, k, v)[1])
     with pytest.raises(ShapeError, match=r"^full_attention: q must have a multiple of the 2 key"):
-        full_attention(q[:, :1], np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1))
+        verbs.full_attention(q[:, :1], np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1))
