@@ -124,7 +124,8 @@ def run_forward(
                 wide_product(w2, start, inner, width, half2, source, at + begin * inner, columns,
                              lanes, mine, room, mine, room + width * panel)  # fmt: skip
                 spread_panel(mine, room, columns, min(columns, wide_rows - begin), width, lanes,
-                             starts, y, to + begin * outputs, outputs, what == ACTIVATE)  # fmt: skip
+                             starts, y, to + begin * outputs, outputs,
+                             what == ACTIVATE)  # fmt: skip
                 begin += columns
             if wide_rows < rows:
                 skinny_product(source, at + wide_rows * inner, inner, rows - wide_rows, w2, start,
