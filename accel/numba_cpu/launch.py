@@ -53,7 +53,8 @@ def flat(array: HostArray) -> HostArray:
         array = array.view(np.uint16)
     if not array.flags.writeable and array.size:
         # The same memory: a kernel compiled for read-only arrays would be another kernel.
-        memory = (ctypes.c_char * array.nbytes).from_address(address(array))
+        memory: Any = (ctypes.c_char * array.nbytes).from_address(address(array))
+        memory.owner = array  # a thread may outlive an interrupted call
         return np.ndarray(array.size, array.dtype, buffer=memoryview(memory))
     return array.reshape(-1) if array.flags.writeable else np.empty(0, array.dtype)
 

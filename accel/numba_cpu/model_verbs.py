@@ -13,8 +13,7 @@ import numpy as np
 from npmoe import nn
 from npmoe._checks import check_same_dtype
 from npmoe._typing import HostArray
-from npmoe.errors import RangeError, ShapeError
-from npmoe.nn.attention import check_attention, check_saved_attention
+from npmoe.nn.attention import check_attention, check_gradients, check_saved_attention
 from npmoe.nn.norm import check_norm
 
 from . import attention, norms
@@ -166,7 +165,7 @@ class ModelVerbs:
         if out is None:
             out = (np.empty(q.shape, q.dtype), np.empty(k.shape, q.dtype),
                    np.empty(v.shape, q.dtype))  # fmt: skip
-        _check_out(function, out, (q, k, v))
+        check_gradients(function, out, q, k, v)
         sizes, scale = _sizes(engine, shape, num_keys), q.dtype.type(1 / math.sqrt(size))
         panel = sizes[-1]
         given = [_Strided(a, q.dtype) for a in (grad_out, q, k, v)]
@@ -209,21 +208,6 @@ class _Strided:
         """Write to the array that this was made of, where it had to be a copy."""
         if target is not self._array:
             np.copyto(target, self._array, casting="same_kind")
-
-
-def _check_out(function: str, out: Gradients, like: Gradients) -> None:
-    """Raise unless the three arrays can be written and have the shapes of q, k and v."""
-    for name, target, given in zip("qkv", out, like, strict=True):
-        if target.shape != given.shape:
-            raise ShapeError(
-                f"{function}: out must hold an array of shape {given.shape} for grad_{name}, got "
-                f"{target.shape}. It is the shape of {name}. Give arrays like q, k and v."
-            )
-        if not target.flags.writeable:
-            raise RangeError(
-                f"{function}: out must hold a writable array for grad_{name}, got a read-only one. "
-                "Give a copy."
-            )
 
 
 def _sizes(engine: Engine, shape: tuple[int, ...], num_keys: int) -> tuple[int, ...]:

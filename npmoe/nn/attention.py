@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from npmoe._typing import HostArray
-from npmoe.errors import ShapeError
+from npmoe.errors import RangeError, ShapeError
 from npmoe.nn._inputs import Inputs
 
 _BLOCK = 32  # queries; 32 and 48 were fastest of 16..256 at B=8, Hq=4, L=256, D=32 in float32
@@ -230,6 +230,7 @@ def _attend_backward(
     scale = q.dtype.type(1 / math.sqrt(size))
     if out is None:
         out = (np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype), np.empty(v.shape, v.dtype))
+    check_gradients(function, out, q, k, v)
     grad_q, grad_k, grad_v = out
     grad_k[...] = 0
     grad_v[...] = 0
@@ -305,6 +306,11 @@ def check_attention(
         inputs.check("grad_out", grad_out, "B", "Hq", "L", "D")
     batch, heads, length, size = q.shape
     _, kv_heads, num_keys, _ = k.shape
+    if q.size == 0 < batch * heads * length or (q.size and num_keys == 0):
+        raise ShapeError(
+            f"{function}: q and k must have elements and keys to attend to, got D = {size} and "
+            f"S = {num_keys}. A mean of no keys is not defined."
+        )
     if kv_heads == 0 or heads % kv_heads != 0:
         raise ShapeError(
             f"{function}: q must have a multiple of the {kv_heads} key heads, got {heads} heads. "
@@ -339,3 +345,20 @@ def check_saved_attention(
             f"{function}: probs must come from {function.removesuffix('_backward')}, got those of "
             "the other kind. Pass what their own forward returned."
         )
+
+
+def check_gradients(
+    function: str, out: tuple[HostArray, ...], q: HostArray, k: HostArray, v: HostArray
+) -> None:
+    """Raise unless the three arrays can be written and have the shapes of q, k and v."""
+    for name, target, given in zip("qkv", out, (q, k, v), strict=True):
+        if target.shape != given.shape:
+            raise ShapeError(
+                f"{function}: out must hold an array of shape {given.shape} for grad_{name}, got "
+                f"{target.shape}. It is the shape of {name}. Give arrays like q, k and v."
+            )
+        if not target.flags.writeable:
+            raise RangeError(
+                f"{function}: out must hold a writable array for grad_{name}, got a read-only one. "
+                "Give a copy."
+            )

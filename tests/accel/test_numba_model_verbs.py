@@ -323,30 +323,13 @@ def test_gradients_of_a_wider_dtype_and_into_one_array(kind: str) -> None:
 # What is refused.
 
 
-def test_arrays_that_cannot_take_the_gradients_are_refused() -> None:
-    """Kernels write by strides: what is too small would be written beside."""
+def test_integers_cannot_take_the_gradients() -> None:
     q, k, v, grad_out = drawn((1, 2, 1, 3, 4, 2), "float32")
     _, saved = verbs().causal_attention(q, k, v)
 
     def run(*out: Any) -> None:
         verbs().causal_attention_backward(grad_out, q, k, v, saved, out=out)
 
-    with pytest.raises(
-        npmoe.ShapeError,
-        match=r"^causal_attention_backward: out must hold an array of shape \(1, 1, 4, 2\) for "
-        r"grad_k, got \(1, 1, 3, 2\)\. It is the shape of k\. Give arrays like q, k and v\.$",
-    ):
-        run(q.copy(), k[:, :, 1:].copy(), v.copy())
-    fixed = v.copy()
-    fixed.flags.writeable = False
-    before = fixed.copy()
-    with pytest.raises(
-        npmoe.RangeError,
-        match=r"^causal_attention_backward: out must hold a writable array for grad_v, got a "
-        r"read-only one\. Give a copy\.$",
-    ):
-        run(q.copy(), k.copy(), fixed)
-    np.testing.assert_array_equal(fixed, before)
     with pytest.raises(TypeError, match="Cannot cast"):
         run(q.copy(), k.astype(int), v.copy())
 

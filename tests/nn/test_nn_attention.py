@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from attention_balls import attention_backward_ball, attention_ball, by_heads, sum_groups
 
-from npmoe.errors import DTypeError, ShapeError
+from npmoe.errors import DTypeError, RangeError, ShapeError
 from npmoe.finite_differences import gradcheck
 from npmoe.testing.bounds import assert_within, gamma
 
@@ -236,3 +236,39 @@ def test_bad_inputs(verbs):
         )
     with pytest.raises(DTypeError, match=r"^causal_attention: k must have dtype float64"):
         verbs.causal_attention(q, k.astype("f4"), v)
+
+
+def test_arrays_that_cannot_take_the_gradients_are_refused(verbs):
+    """Kernels write by strides: what is too small would be written beside."""
+    q, k, v, grad_out = drawn((1, 2, 1, 3, 4, 2), "float32")
+    _, saved = verbs.causal_attention(q, k, v)
+
+    def run(*out):
+        verbs.causal_attention_backward(grad_out, q, k, v, saved, out=out)
+
+    with pytest.raises(
+        ShapeError,
+        match=r"^causal_attention_backward: out must hold an array of shape \(1, 1, 4, 2\) for "
+        r"grad_k, got \(1, 1, 3, 2\)\. It is the shape of k\. Give arrays like q, k and v\.$",
+    ):
+        run(q.copy(), k[:, :, 1:].copy(), v.copy())
+    fixed = v.copy()
+    fixed.flags.writeable = False
+    before = fixed.copy()
+    with pytest.raises(
+        RangeError,
+        match=r"^causal_attention_backward: out must hold a writable array for grad_v, got a "
+        r"read-only one\. Give a copy\.$",
+    ):
+        run(q.copy(), k.copy(), fixed)
+    np.testing.assert_array_equal(fixed, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 3, 0, 2), (1, 2, 1, 3, 4, 0)])
+def test_there_must_be_something_to_attend_to(verbs, shape):
+    q, k, v, _ = drawn(shape)
+    words = (
+        f"q and k must have elements and keys to attend to, got D = {shape[5]} and S = {shape[4]}"
+    )
+    with pytest.raises(ShapeError, match=rf"^full_attention: {words}\. A mean of no keys"):
+        verbs.full_attention(q, k, v)
