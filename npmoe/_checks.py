@@ -38,7 +38,9 @@ class Axes:
         new = []
         fits = len(shape) == len(axes)
         for axis, size in zip(axes, shape, strict=False):
-            known = self._size(axis)
+            known = self._sizes.get(axis)
+            if known is None and not axis.isalpha():
+                known = self._size(axis)
             if known is None:
                 new.append((axis, size))
             elif known != size:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class SavedAttention:
     qkv : (B, L, Hq + 2*Hkv, D) float array
         Turned queries and keys with neighbouring pairs, and values.
     attended : (B, L, Hq*D) float array
-    turns : (L, 1, D/2) complex array or None
+    turns : (L, (Hq + Hkv)*D/2) complex array or None
         None without rotary positions; queries and keys are then as projected.
     probs : object
         What the attention returned for its backward; `AttentionProbs` unless `verbs` did it.
@@ -160,12 +161,11 @@ def multihead_attention(
     start = 0 if cache is None else cache.length
     weight, turns = params.qkv_proj, None
     if rope_base is not None:
-        cos, sin = rotary_tables(start, length, head_dim, rope_base, x.dtype)
-        turns = (cos + 1j * sin)[:, None]  # (L, 1, D/2)
+        turns = _turns(start, length, head_dim, rope_base, x.dtype, num_heads + num_kv_heads)
         weight = _neighbour_pairs(weight, num_heads + num_kv_heads, head_dim)
     qkv = (x.reshape(-1, hidden) @ weight.T).reshape(batch, length, -1, head_dim)
     if turns is not None:
-        _turn(qkv, turns, num_kv_heads)
+        _turn(qkv, turns)
     q, k, v = _split_heads(qkv, num_kv_heads)
     if cache is not None:
         k, v = cache.append(k, v)
@@ -238,7 +238,7 @@ def multihead_attention_backward(
     )
     weight = params.qkv_proj
     if saved.turns is not None:
-        _turn(grad_qkv, saved.turns.conj(), saved.num_kv_heads)
+        _turn(grad_qkv, saved.turns.conj())
         weight = _neighbour_pairs(weight, num_rotated, head_dim)
     grad_qkv_rows = grad_qkv.reshape(batch * length, -1)
     grad_x = (grad_qkv_rows @ weight).reshape(grad_y.shape)
@@ -256,14 +256,21 @@ def _split_heads(qkv: HostArray, num_kv_heads: int) -> tuple[HostArray, HostArra
     return heads[:, :first_key], heads[:, first_key:first_value], heads[:, first_value:]
 
 
-def _turn(qkv: HostArray, turns: HostArray, num_kv_heads: int) -> None:
-    """Multiply the neighbouring pairs of queries and keys by `turns` (L, 1, D/2), in place."""
-    batch, length, num_all, head_dim = qkv.shape
-    num_rotated = num_all - num_kv_heads
-    # One table row for all heads of a position, so that the inner loop runs over all of them.
-    table = np.tile(turns, (1, num_rotated, 1)).reshape(length, -1)
-    pairs = qkv.reshape(batch, length, -1).view(turns.dtype)[..., : num_rotated * head_dim // 2]
-    np.multiply(pairs, table, out=pairs)
+@lru_cache(maxsize=4)
+def _turns(
+    start: int, length: int, head_dim: int, base: float, dtype: np.dtype[Any], num_rotated: int
+) -> HostArray:
+    """Return the turns of all heads of a position side by side, (L, num_rotated*D/2) complex."""
+    cos, sin = rotary_tables(start, length, head_dim, base, dtype)
+    turns = np.tile(cos + 1j * sin, num_rotated)
+    turns.flags.writeable = False
+    return turns
+
+
+def _turn(qkv: HostArray, turns: HostArray) -> None:
+    """Multiply the neighbouring pairs of queries and keys by `turns`, in place."""
+    pairs = qkv.reshape(*qkv.shape[:2], -1).view(turns.dtype)[..., : turns.shape[1]]
+    np.multiply(pairs, turns, out=pairs)
 
 
 def _neighbour_pairs(weight: HostArray, num_rotated: int, head_dim: int) -> HostArray:
