@@ -18,7 +18,7 @@ from .compiling import inner, kernel, reassociated
 from .curves import _exponential
 from .host import ROWS
 from .products import dot
-from .tickets import borrow, take_ticket
+from .tickets import take_ticket
 from .tiles import largest, make_outer_tile, transpose_tile
 
 # Registers along the columns of a tile; two keep enough multiply-adds under way.
@@ -50,10 +50,9 @@ def attend(
     `sizes` is (B, Hkv, G, L, S, D, panel). `kept` (B*Hq, N) gets the exponentials by
     blocks (`cut_queries`), rows padded to whole panels; `inverses` (B, L, Hq) one over their sums.
     """
-    q, k, v, out, kept, inverses = borrow(q, k, v, out, kept, inverses)
     batch, kv_heads, groups, length, keys, size, panel = sizes
     wide_keys, wide_size = _round_up(keys, panel), _round_up(size, panel)
-    mine, starts = borrow(scratch[thread], places[thread])
+    mine, starts = scratch[thread], places[thread]
     columns = np.int64(0)
     values = columns + size * wide_keys
     sums = values + keys * wide_size
@@ -94,12 +93,9 @@ def attend_backward(
     v_at, out, kept, inverses, grad_q, grad_q_at, grad_k, grad_k_at, grad_v, grad_v_at,
 ):  # fmt: skip
     """Write the gradients of `attend`; see `npmoe.nn.causal_attention_backward`."""
-    grad, q, k, v, out, kept, inverses, grad_q, grad_k, grad_v = borrow(
-        grad, q, k, v, out, kept, inverses, grad_q, grad_k, grad_v
-    )
     batch, kv_heads, groups, length, keys, size, panel = sizes
     wide_keys, wide_size = _round_up(keys, panel), _round_up(size, panel)
-    mine, starts = borrow(scratch[thread], places[thread])
+    mine, starts = scratch[thread], places[thread]
     columns = np.int64(0)
     key_rows = columns + size * wide_keys
     sums_k = key_rows + keys * wide_size

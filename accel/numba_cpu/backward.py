@@ -14,7 +14,7 @@ from .compiling import inner, kernel
 from .curves import activate_backward
 from .host import LINE_BYTES, ROWS
 from .products import copy_row, dot, tile_columns, tile_rows
-from .tickets import borrow, take_ticket
+from .tickets import take_ticket
 from .tiles import copy_panels
 
 # Depth of the weights that are copied side by side at once, for a whole range of outputs.
@@ -124,8 +124,7 @@ def project_back(
     room, a, base, depth, w, outputs, half, y,
 ):  # fmt: skip
     """Write ``y[r] = a[r - base] @ w[e]`` for rows a of `depth` and w (E, depth, outputs)."""
-    tasks, a, w, y = borrow(tasks, a, w, y)
-    mine, starts = borrow(scratch[thread], places[thread])
+    mine, starts = scratch[thread], places[thread]
     while True:
         ticket = take_ticket(tickets)
         if ticket >= len(tasks):
@@ -155,14 +154,7 @@ def project_back_and_activate(
     the gradient of a row's weight. Scratch holds products, the panel in preparation and the
     gathered rows.
     """
-    (
-        tasks, grad, token_ids, w, row_weights, dropout, gate_up, settings, act, grad_gate_up,
-        partial
-    ) = borrow(
-        tasks, grad, token_ids, w, row_weights, dropout, gate_up, settings, act, grad_gate_up,
-        partial
-    )  # fmt: skip
-    mine, starts = borrow(scratch[thread], places[thread])
+    mine, starts = scratch[thread], places[thread]
     wide_size = 2 * inner if gated else inner
     gathered = mine[room + BACK_DEPTH * step :]
     ready, zero = -1, np.int64(0)  # a plain 0 would be another type, and compile things twice
@@ -244,12 +236,7 @@ def weight_gradient(
     without rows get zeros. `stream` writes past the caches, if rows of `out` are whole lines.
     Scratch holds a strip of a, one tile, then panels of b: `room` for the strip and the tile.
     """
-    (
-        tasks, a, a_tokens, a_scale, b, b_tokens, b_scale, out
-    ) = borrow(
-        tasks, a, a_tokens, a_scale, b, b_tokens, b_scale, out
-    )  # fmt: skip
-    mine, starts = borrow(scratch[thread], places[thread])
+    mine, starts = scratch[thread], places[thread]
     panels = mine[room:]
     tile = room - ROWS * panel
     ready, zero = -1, np.int64(0)  # a plain 0 would be another type, and compile things twice

@@ -15,7 +15,7 @@ from .compiling import inner, kernel
 from .curves import activate
 from .products import pack_panels, panel_columns, skinny_product, spread_panel, wide_product
 from .rows import ACTIVATE, BEGIN, KIND, NEEDS, PROJECT, SLOT, combine_token
-from .tickets import borrow, finish_task, take_ticket, wait_for_stage
+from .tickets import finish_task, take_ticket, wait_for_stage
 
 
 @kernel
@@ -40,14 +40,7 @@ def run_forward(
     Empty arrays mean: rows as they are, no scale, no bias. `room` numbers of a thread's scratch
     are for rows, then come products and converted weights.
     """
-    (
-        tasks, stages, x, token_ids, row_scale, w1, bias1, settings, dropout, act_scale, gate_up,
-        act, w2, bias2, bias_scale, y, row_ids, weights, out
-    ) = borrow(
-        tasks, stages, x, token_ids, row_scale, w1, bias1, settings, dropout, act_scale, gate_up,
-        act, w2, bias2, bias_scale, y, row_ids, weights, out
-    )  # fmt: skip
-    mine, starts = borrow(scratch[thread], places[thread])
+    mine, starts = scratch[thread], places[thread]
     halves = 2 if gated else 1
     source = act if packed else mine
     ready, stage, clear = -1, np.int64(0), np.int64(0)

@@ -7,7 +7,7 @@ import numpy as np
 from .compiling import inner, kernel
 from .curves import _exponential
 from .rows import STEP
-from .tickets import borrow, take_ticket
+from .tickets import take_ticket
 
 
 @kernel
@@ -22,7 +22,6 @@ def route_rows(
     the softmax of their logits alone. ``broken[0]`` is set if a row's largest logit is not
     finite, or its keys are not numbers: what is written for it then means nothing.
     """
-    logits, bias, probs, ids, weights, broken = borrow(logits, bias, probs, ids, weights, broken)
     one, infinity = probs.dtype.type(1.0), probs.dtype.type(np.inf)
     top_k = ids.shape[1]
     while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .compiling import inner, kernel
 from .curves import activate, activate_backward
 from .products import dot
-from .tickets import borrow, take_ticket
+from .tickets import take_ticket
 from .tiles import ask_for
 
 # Rows or tokens of one task.
@@ -70,7 +70,6 @@ def combine(
     tickets, thread, scratch, places, rows, width, row_ids, num_tokens, top_k, weights, out,
 ):  # fmt: skip
     """Write ``out[t] = sum over k of weights[t, k] * rows[row_ids[t, k]]``, k ascending."""
-    rows, row_ids, weights, out = borrow(rows, row_ids, weights, out)
     while True:
         begin = take_ticket(tickets) * STEP
         if begin >= num_tokens:
@@ -106,7 +105,6 @@ def gather(
     out,
 ):  # fmt: skip
     """Write ``out[r] = x[token_ids[r]]``."""
-    x, token_ids, out = borrow(x, token_ids, out)
     ahead = max(1, AHEAD // (width + 1))
     while True:
         begin = take_ticket(tickets) * STEP
@@ -126,7 +124,6 @@ def scale(
     out,
 ):  # fmt: skip
     """Write ``out[r] = row_weights[r] * rows[r]``; `out` may be `rows`."""
-    rows, row_weights, out = borrow(rows, row_weights, out)
     while True:
         begin = take_ticket(tickets) * STEP
         if begin >= row_weights.size:
@@ -144,7 +141,6 @@ def dot_rows(
     width, add, out,
 ):  # fmt: skip
     """Write or add ``out[r] = a[a_ids[r]] . b[b_ids[r]]``; no ids mean row r."""
-    a, a_ids, b, b_ids, out = borrow(a, a_ids, b, b_ids, out)
     while True:
         begin = take_ticket(tickets) * STEP
         if begin >= out.size:
@@ -165,7 +161,6 @@ def sum_segments(
 
     `rows` begins at row `base`.
     """
-    rows, token_ids, row_weights, offsets, out = borrow(rows, token_ids, row_weights, offsets, out)
     while True:
         e = first + take_ticket(tickets)
         if e >= last:
@@ -191,7 +186,6 @@ def activate_rows(
     gate_up, inner, out,
 ):  # fmt: skip
     """Write the activation of every row."""
-    settings, gate_up, out = borrow(settings, gate_up, out)
     width = 2 * inner if gated else inner
     num_rows = out.size // max(inner, 1)
     while True:
@@ -210,10 +204,9 @@ def activate_rows_backward(
     grad_act, gate_up, inner, grad_gate_up,
 ):  # fmt: skip
     """Write the gradient of every row; the activation itself goes to scratch."""
-    settings, grad_act, gate_up, grad_gate_up = borrow(settings, grad_act, gate_up, grad_gate_up)
     width = 2 * inner if gated else inner
     num_rows = grad_act.size // max(inner, 1)
-    (act,) = borrow(scratch[thread, :inner])
+    act = scratch[thread, :inner]
     one = act.dtype.type(1.0)
     while True:
         begin = take_ticket(tickets) * STEP

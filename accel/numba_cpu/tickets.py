@@ -1,4 +1,4 @@
-"""What threads of a kernel share: tickets for tasks, counters of stages, arrays without owner."""
+"""What threads of a kernel share: tickets for tasks, counters of stages."""
 
 from __future__ import annotations
 
@@ -64,26 +64,3 @@ def wait_for_stage(context, tickets, stage, count):
         return context.get_dummy_value()
 
     return signature, generate
-
-
-@intrinsic
-def borrow(context, *arrays):
-    """Return the same arrays without an owner.
-
-    Numba counts references with locked instructions wherever an array or a slice is handed on;
-    those make threads wait for each other, and for every write past the caches. The caller of a
-    kernel holds its arguments anyway.
-    """
-    found = types.Tuple(arrays)
-
-    def generate(context, builder, signature, args):
-        borrowed = []
-        for i, array_type in enumerate(found.types):
-            given = builder.extract_value(args[0], i)
-            array = context.make_array(array_type)(context, builder, given)
-            for name in ("meminfo", "parent"):
-                setattr(array, name, ir.Constant(getattr(array, name).type, None))
-            borrowed.append(array._getvalue())
-        return context.make_tuple(builder, found, borrowed)
-
-    return found(types.StarArgTuple(arrays)), generate
