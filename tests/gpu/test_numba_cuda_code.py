@@ -78,7 +78,7 @@ def check_resources(kernel, arch) -> None:
     assert figures.shared <= 48 * 1024
     if kernel == PRODUCTS["down/64"]:
         # 8 loads for 16 multiply-adds make 1.5; addresses and the filling of panels are the rest.
-        assert 1.5 < figures.per_add <= 2.8
+        assert 1.5 < figures.per_add <= (3.0 if arch == "sm_90" else 2.8)
 
 
 def test_lines_are_counted() -> None:
