@@ -9,6 +9,7 @@ cases on changed kernels.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from npmoe.testing.bounds import assert_within
 SCHEDULES: tuple[str | int, ...] = ("in-order", "reversed", 7)
 # Accesses and backward branches of a mutant; the unchanged kernels stay below it.
 LIMIT = 16_000_000
+# Of the instructions of a kernel, what the sharp cases run at least.
+LEAST = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,19 @@ class Mutants:
             if before is not None:
                 modules[self._kernel] = before
         return None
+
+
+def check_lines(
+    what: object,
+    coverage: ptx.Coverage,
+    code_of: Callable[[ptx.Instruction], str],
+    allowed: dict[str, int],
+) -> None:
+    """Compare what did not run with a table, both ways, and hold it to `LEAST`."""
+    missed = Counter(map(code_of, coverage.missed))
+    shown = "\n".join(f"{code_of(i)!r}: {i.text}" for i in coverage.missed)
+    assert dict(missed) == allowed, f"{what} misses {dict(missed)}, listed {allowed}\n{shown}"
+    assert coverage.fraction >= LEAST, f"{what}: {coverage.fraction}"
 
 
 def put(x: np.ndarray | None) -> Any:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from emulation import need_emulation, need_tables
 
 need_emulation()
 
-from device_sweep import SCHEDULES, judge, put
+from device_sweep import LEAST, SCHEDULES, check_lines, judge, put
 from sweep_catalog import Target, all_targets
 from uncovered import UNCOVERED, key_of
 
@@ -48,7 +47,7 @@ def test_sharp_cases_of_a_sample(target: Target) -> None:
     device = sharpen(target, "in-order")
     own = [c for k, c in device.coverage.items() if k.entry == target.entry]
     assert own
-    assert min(c.fraction for c in own) >= 0.95
+    assert min(c.fraction for c in own) >= LEAST
     # In other orders, some of them.
     cases = list(target.sharp())
     for schedule in SCHEDULES[1:]:
@@ -75,12 +74,9 @@ def code_of(i: ptx.Instruction) -> str:
 
 
 def check_coverage(kernel: Kernel, coverage: ptx.Coverage) -> None:
-    """Compare what did not run with the table, both ways, and hold it to 95 %."""
-    missed = Counter(code_of(i) for i in coverage.missed)
-    allowed = {code: count for code, (count, _) in UNCOVERED.get(key_of(kernel), {}).items()}
-    shown = "\n".join(f"{code_of(i)!r}: {i.text}" for i in coverage.missed)
-    assert dict(missed) == allowed, f"{kernel} misses {dict(missed)}, listed {allowed}\n{shown}"
-    assert coverage.fraction >= 0.95, f"{kernel}: {coverage.fraction}"
+    """Compare what did not run with the table."""
+    lines = UNCOVERED.get(key_of(kernel), {})
+    check_lines(kernel, coverage, code_of, {code: count for code, (count, _) in lines.items()})
 
 
 @pytest.mark.parametrize("entry", ["fill_blocks", "scan_blocks", "combine_rows", "row_dot"])
