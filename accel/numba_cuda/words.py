@@ -10,14 +10,16 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from numba import cuda
+from numba import config, cuda
 from numba.cuda.types import float32, float64, int32, int64, uint16, uint32
 
 ALL_LANES = 0xFFFFFFFF
 WARP = 32
 
-# Lines of PTX are those of the function itself, not of the kernel that calls it.
-inline = cuda.jit(device=True, lineinfo=True)
+# Lines of PTX are those of the function itself, not of the kernel that calls it. Numba's simulator
+# makes no PTX and does not know the option.
+_LINES = {} if config.ENABLE_CUDASIM else {"lineinfo": True}
+inline = cuda.jit(device=True, **_LINES)
 
 # Options of a variant by the names of the CUDA C++ kernels; half precision comes as bits.
 TYPES = {"float": float32, "double": float64, "half16": uint16, "bfloat16": uint16}
