@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="P", help="draw from the likeliest with sum P only"
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (0)")
-    parser.add_argument("--backend", help="backend of the MoE layers (numpy)")
+    parser.add_argument("--backend", help="of the MoE layers (numpy); 'numba' runs attention too")
 
 
 def run(options: argparse.Namespace) -> int:

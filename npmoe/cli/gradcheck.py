@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--directions", type=int, default=2, metavar="N", help="directions per parameter (2)"
     )
-    parser.add_argument("--backend", help="backend of the MoE layers (numpy)")
+    parser.add_argument("--backend", help="of the MoE layers (numpy); 'numba' runs attention too")
     parser.add_argument("--json", metavar="FILE", help="also write the errors to FILE")
 
 

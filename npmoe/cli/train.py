@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="steps (1200)")
     length.add_argument("--seconds", type=float, metavar="S", help="budget of time, instead")
     parser.add_argument("--seed", type=int, metavar="N", help="of everything random (0)")
-    parser.add_argument("--backend", help="backend of the MoE layers (numpy)")
+    parser.add_argument("--backend", help="of the MoE layers (numpy); 'numba' runs attention too")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="does not change the result (2, if available)"
     )

@@ -57,7 +57,7 @@ def host_backend(function: str, backend: str | Backend | None) -> Backend:
     if not run.host_arrays:
         raise UnsupportedError(
             f"{function}: backend must work on host arrays, got {run.name!r}. Attention and the "
-            "optimizer run in NumPy. Choose 'numpy' or 'reference'."
+            "optimizer work on these. Choose 'numpy', 'numba' or 'reference'."
         )
     return run
 
