@@ -54,6 +54,8 @@ class Axes:
     def _size(self, axis: str) -> int | None:
         if axis in self._sizes or axis.isalpha():
             return self._sizes.get(axis)
+        if axis.isdigit():
+            return int(axis)
         factors = [int(f) if f.isdigit() else self._sizes.get(f) for f in axis.split("*")]
         known = [f for f in factors if f is not None]
         return math.prod(known) if len(known) == len(factors) else None

@@ -217,22 +217,22 @@ def load_stats(
     dropped = chosen & (row_ids < 0)
     lost, wanted = dropped.sum(axis=1), chosen.sum(axis=1)
     fully = (lost > 0) & (lost == wanted)
-    per_slot = chosen.sum(axis=0)
-    top = [
-        np.bincount(ids[chosen[:, k], k], minlength=num_experts).max(initial=0)
-        for k in range(ids.shape[1])
-    ]
+    top_k = ids.shape[1]
+    places = ids + np.arange(top_k) * num_experts
+    per_slot = np.bincount(places[chosen], minlength=top_k * num_experts)
+    per_slot = per_slot.reshape(top_k, num_experts)
+    chosen_per_slot = per_slot.sum(axis=1)
     num_tokens = routing.probs.shape[0] if mask is None else int(asnumpy(mask).sum())
     return LoadStats(
-        chosen_per_expert=np.bincount(ids[chosen], minlength=num_experts),
+        chosen_per_expert=per_slot.sum(axis=0),
         kept_per_expert=np.diff(asnumpy(plan.expert_offsets)).astype(np.int64),
         num_tokens=num_tokens,
         dropped_routes=int(dropped.sum()),
         partially_dropped_tokens=int(((lost > 0) & ~fully).sum()),
         fully_dropped_tokens=int(fully.sum()),
-        chosen_per_slot=per_slot,
+        chosen_per_slot=chosen_per_slot,
         dropped_per_slot=dropped.sum(axis=0),
-        top_share_per_slot=np.array(top, dtype=np.float64) / np.maximum(per_slot, 1),
+        top_share_per_slot=per_slot.max(axis=1, initial=0) / np.maximum(chosen_per_slot, 1),
         entropy=_mean_entropy(asnumpy(routing.probs), num_tokens),
         identity_routes=int((ids >= num_experts).sum()),
         capacity=plan.capacity,

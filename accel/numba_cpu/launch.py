@@ -275,11 +275,8 @@ class Engine:
         A group has at most `least` rows, or those of the largest expert and a share of all.
         """
         ends = np.empty(len(offsets), np.int64)
-        counts = np.diff(offsets)
-        most = max(least, int(counts.max()) + int(offsets[-1]) // _SHARE)
-        count = rows.group_experts(offsets, most, ends)
-        padded = np.append(0, np.cumsum(-(-counts // self.lanes)))[np.append(0, ends[:count])]
-        return ends, count, int(np.diff(padded).max()) * self.lanes
+        count, padded = rows.group_experts(offsets, least, _SHARE, self.lanes, ends)
+        return ends, count, padded
 
     def _shape(self, depth: int, outputs: int = 0) -> tuple[int, int]:
         """Return the most outputs and rows of a task; rows go by the other product's depth."""

@@ -189,20 +189,26 @@ class _Strided:
 
     def __init__(self, array: HostArray, dtype: np.dtype[Any]) -> None:
         step = array.itemsize
+        strides = array.strides
         if (
             array.dtype != dtype
             or not array.flags.aligned
-            or array.strides[-1] != step
-            or any(s < 0 or s % step for s in array.strides)
+            or strides[-1] != step
+            or any(s < 0 or s % step for s in strides)
         ):
             array, step = np.array(array, dtype, order="C"), dtype.itemsize
+            strides = array.strides
         self._array = array
-        strides = [s // step for s in array.strides]
-        span = 1 + sum((n - 1) * s for n, s in zip(array.shape, strides, strict=True))
-        memory: Any = (ctypes.c_char * (span * step)).from_address(address(array))
-        # A thread may outlive an interrupted call, and then the memory must too.
-        memory.owner = array
-        self.parts = np.ndarray(span, dtype, memory), tuple(strides[:3])
+        whole = array.transpose(0, 2, 1, 3)
+        if whole.flags.c_contiguous:  # as models have it
+            memory = flat(whole)
+        else:
+            span = step + sum((n - 1) * s for n, s in zip(array.shape, strides, strict=True))
+            raw: Any = (ctypes.c_char * span).from_address(address(array))
+            # A thread may outlive an interrupted call, and then the memory must too.
+            raw.owner = array
+            memory = np.ndarray(span // step, dtype, raw)
+        self.parts = memory, tuple(s // step for s in strides[:3])
 
     def copy_back(self, target: HostArray) -> None:
         """Write to the array that this was made of, where it had to be a copy."""

@@ -269,15 +269,25 @@ def cut_gradient_tasks(offsets, first, last, outputs, step, tasks):
 
 
 @kernel
-def group_experts(offsets, most_rows, ends):
-    """Write the ends of ranges of experts with at most `most_rows` rows, or one; count them."""
-    count, first = 0, 0
-    for e in range(len(offsets) - 1):
-        if offsets[e + 1] - offsets[first] > most_rows and e > first:
+def group_experts(offsets, least, share, lanes, ends):
+    """Write the ends of groups of experts; return their number and the padded rows of the largest.
+
+    A group has at most `least` rows, or those of the largest expert and one `share`-th of all; or
+    it is one expert.
+    """
+    num_experts, largest = len(offsets) - 1, 0
+    for e in range(num_experts):
+        largest = max(largest, offsets[e + 1] - offsets[e])
+    most = max(least, largest + offsets[-1] // share)
+    count, first, padded, most_padded = 0, 0, 0, 0
+    for e in range(num_experts):
+        if e > first and offsets[e + 1] - offsets[first] > most:
             ends[count] = e
-            count, first = count + 1, e
-    ends[count] = len(offsets) - 1
-    return count + 1
+            count, first, padded = count + 1, e, 0
+        padded += -(-(offsets[e + 1] - offsets[e]) // lanes) * lanes
+        most_padded = max(most_padded, padded)
+    ends[count] = num_experts
+    return count + 1, most_padded
 
 
 @kernel

@@ -115,6 +115,14 @@ class Trainer:
             _copy_initial(self.params, initial)
         self._flat_grads = shared_array((config.micro_batches, drawn.size), drawn.dtype)
         self._grads = [unflatten(flat, like) for flat in self._flat_grads]
+        self._targets = [
+            [
+                leaf
+                for name, leaf in named_arrays(tree)
+                if not name.endswith(_NO_GRADIENT)  # stays 0
+            ]
+            for tree in self._grads
+        ]
         self._biases = _selection_biases(self.params)
         self.optimizer = AdamW(
             self.flat_params, make_groups(self.params, config.optimizer), config.optimizer
@@ -188,12 +196,8 @@ class Trainer:
             backend=self.backend,
             out=self._grads[index],
         )
-        targets = [
-            leaf
-            for name, leaf in named_arrays(self._grads[index])
-            if not name.endswith(_NO_GRADIENT)  # stays 0
-        ]
-        for target, (_, value) in zip(targets, named_arrays(result.grads), strict=True):
+        grads = named_arrays(result.grads)
+        for target, (_, value) in zip(self._targets[index], grads, strict=True):
             if target is not value:  # MoE gradients were written in place
                 target[...] = value
         stats = result.saved.load_stats()
