@@ -239,16 +239,18 @@ def weight_gradient(
     mine, starts = scratch[thread], places[thread]
     panels = mine[room:]
     tile = room - ROWS * panel
-    ready, zero = -1, np.int64(0)  # a plain 0 would be another type, and compile things twice
+    ready, ready_at, zero = -1, -1, np.int64(0)  # a plain 0 is another type: compiled twice
     while True:
         ticket = take_ticket(tickets)
         if ticket >= len(tasks):
             return
-        e, first, rows, m0, width, _, _ = tasks[ticket]
+        e, first, rows, m0, width, n0, columns = tasks[ticket]
+        corner = (e * a_width + m0) * b_width + n0
         if rows == 0 and not accumulate:
-            empty = out[(e * a_width + m0) * b_width : (e * a_width + m0 + width) * b_width]
-            for n in range(empty.size):
-                empty[n] = 0.0
+            for m in range(width):
+                empty = out[corner + m * b_width : corner + m * b_width + columns]
+                for n in range(columns):
+                    empty[n] = 0.0
         for k in range(0, rows, GRADIENT_DEPTH):
             count = min(GRADIENT_DEPTH, rows - k)
             add = accumulate or k > 0
@@ -257,29 +259,30 @@ def weight_gradient(
                           zero)  # fmt: skip
             _row_starts(b_width, b_tokens, base, first + k, count, starts)
             # Few rows: all panels of b once, then long rows of the gradient one after another.
-            padded = -(-b_width // panel) * panel
+            padded = -(-columns // panel) * panel
             few = rows * padded <= panels.size and rows <= GRADIENT_DEPTH
-            if few and ready != first:
-                for n in range(0, b_width, panel):
-                    _pack_columns(b, starts, b_scale, first, count, n, min(panel, b_width - n),
-                                  panel, panel, panels, n * count)  # fmt: skip
-                ready = first
+            if few and (ready != first or ready_at != n0):
+                for n in range(0, columns, panel):
+                    _pack_columns(b, starts, b_scale, first, count, n0 + n,
+                                  min(panel, columns - n), panel, panel, panels,
+                                  n * count)  # fmt: skip
+                ready, ready_at = first, n0
             if few:
                 for m in range(0, width, ROWS):
-                    for n in range(0, b_width, panel):
+                    for n in range(0, columns, panel):
                         _gradient_tile(mine, m, width, panels, n * count, panel, tile, count,
                                        min(ROWS, width - m), add, stream, out,
-                                       (e * a_width + m0 + m) * b_width + n, b_width,
-                                       min(panel, b_width - n))  # fmt: skip
+                                       corner + m * b_width + n, b_width,
+                                       min(panel, columns - n))  # fmt: skip
                 continue
-            for n in range(0, b_width, panel):
-                here = min(panel, b_width - n)
-                _pack_columns(b, starts, b_scale, first + k, count, n, here, panel, panel, panels,
-                              zero)  # fmt: skip
+            for n in range(0, columns, panel):
+                here = min(panel, columns - n)
+                _pack_columns(b, starts, b_scale, first + k, count, n0 + n, here, panel, panel,
+                              panels, zero)  # fmt: skip
                 for m in range(0, width, ROWS):
                     _gradient_tile(mine, m, width, panels, zero, panel, tile, count,
                                    min(ROWS, width - m), add, stream, out,
-                                   (e * a_width + m0 + m) * b_width + n, b_width, here)  # fmt: skip
+                                   corner + m * b_width + n, b_width, here)  # fmt: skip
 
 
 @inner

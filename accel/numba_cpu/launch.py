@@ -31,7 +31,12 @@ _CACHE = 2**18
 _MOST_ROWS = 512
 _MOST_OUTPUTS = 240
 _BACK_OUTPUTS = 512
+# Of a weight gradient: outputs of a task, at least; where an expert has few rows, so many that
+# they hold as many numbers of these rows, but not all; columns of a task.
 _GRADIENT_OUTPUTS = 192
+_GRADIENT_STRIP = 2**17
+_GRADIENT_MOST = 516
+_GRADIENT_COLUMNS = 1024
 _GRADIENT_PANELS = 2**16
 # A group of experts has at most as many rows as the largest, and so large a share of all.
 _SHARE = 16
@@ -247,22 +252,23 @@ class Engine:
     ) -> None:  # fmt: skip
         """Run `backward.weight_gradient` into out (E, M, N)."""
         _, a_width, b_width = out.shape
-        tasks = np.empty(
-            ((group.last - group.first) * -(-a_width // _GRADIENT_OUTPUTS), rows.TASK), np.int64
-        )
-        rows.cut_gradient_tasks(
-            group.offsets, group.first, group.last, a_width, _GRADIENT_OUTPUTS, tasks
-        )
+        experts = group.last - group.first
+        most = -(-a_width // _GRADIENT_OUTPUTS) * -(-b_width // _GRADIENT_COLUMNS)
+        tasks = np.empty((experts * most, rows.TASK), np.int64)
+        count = rows.cut_gradient_tasks(
+            group.offsets, group.first, group.last, a_width, b_width, _GRADIENT_OUTPUTS,
+            _GRADIENT_MOST, _GRADIENT_STRIP, _GRADIENT_COLUMNS, self.panel, tasks,
+        )  # fmt: skip
         line = 64 // self.dtype.itemsize
         stream = b_width % line == 0 and address(out) % 64 == 0
         room = backward.GRADIENT_DEPTH * _GRADIENT_OUTPUTS + ROWS * self.panel
         panels = max(backward.GRADIENT_DEPTH * self.panel, _GRADIENT_PANELS)
         self.team.run(
-            backward.weight_gradient, tasks, self.panel, self.lanes, room, a, a_width, a_tokens,
+            backward.weight_gradient, tasks[:count], self.panel, self.lanes, room, a, a_width, a_tokens,
             self._maybe(a_scale), b, b_width, b_tokens, self._maybe(b_scale), group.base,
             accumulate, stream, out.reshape(-1),
             dtype=self.dtype, room=room + panels,
-            small=group.num_rows * a_width * b_width + len(tasks) * b_width < SMALL,
+            small=group.num_rows * a_width * b_width + count * b_width < SMALL,
         )  # fmt: skip
 
     def over_rows(self, kernel: Any, *args: Any, numbers: int, room: int = 1) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .compiling import inner, kernel
 from .curves import activate, activate_backward
+from .host import ROWS
 from .products import dot
 from .tickets import take_ticket
 from .tiles import ask_for
@@ -255,16 +256,29 @@ def cut_tasks(
 
 
 @kernel
-def cut_gradient_tasks(offsets, first, last, outputs, step, tasks):
-    """Write the tasks of weight gradients: experts first..last, empty ones too."""
+def cut_gradient_tasks(
+    offsets, first, last, outputs, width, least, most, numbers, step, panel, tasks
+):  # fmt: skip
+    """Write the tasks of weight gradients: experts first..last, empty ones too; count them.
+
+    One task: expert, first row, rows, first output, outputs, first column, columns. Outputs are
+    `least` to `most`, as many as have `numbers` in the expert's rows, and columns at most `step`;
+    both are nearly equal multiples of what a tile takes.
+    """
     count = 0
+    columns = -(-width // (-(-width // step) * panel)) * panel
     for e in range(first, last):
-        for m in range(0, outputs, step):
-            if count < len(tasks):
-                task = tasks[count]
-                task[0], task[1], task[2] = e, offsets[e], offsets[e + 1] - offsets[e]
-                task[3], task[4], task[5], task[6] = m, min(step, outputs - m), 0, 0
-            count += 1
+        rows = offsets[e + 1] - offsets[e]
+        limit = max(least, min(most, numbers // max(rows, 1)))
+        size = -(-outputs // (-(-outputs // limit) * ROWS)) * ROWS
+        for n in range(0, width, columns):
+            for m in range(0, outputs, size):
+                if count < len(tasks):
+                    task = tasks[count]
+                    task[0], task[1], task[2] = e, offsets[e], rows
+                    task[3], task[4] = m, min(size, outputs - m)
+                    task[5], task[6] = n, min(columns, width - n)
+                count += 1
     return count
 
 

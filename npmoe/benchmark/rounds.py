@@ -7,10 +7,31 @@ from collections.abc import Callable, Mapping
 
 from npmoe.benchmark.limits import Limits
 
-# A call this short is repeated at once, and the second counts: the threads of the implementation
-# timed before, which spin for a while, are then asleep, and its own are awake.
+# A call this short is repeated at once, and the second counts: its threads are then awake.
 SHORT_SECONDS = 0.25
 _LEAST_ROUNDS = 2
+# Of waiting for threads to sleep: looked at in such steps, and given up after so long.
+_STEP_SECONDS = 0.01
+_LONGEST_SECONDS = 2.0
+
+
+def wait_for_sleeping_threads(
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.perf_counter,
+    cpu_clock: Callable[[], float] = time.process_time,
+) -> None:
+    """Wait until this process uses no processor time, or for two seconds.
+
+    Threads of a BLAS or of OpenMP spin after their work: OpenBLAS's for about 0.14 s of processor
+    time, and whoever is timed meanwhile has to share a core with them.
+    """
+    begin = clock()
+    while clock() - begin < _LONGEST_SECONDS:
+        start, used = clock(), cpu_clock()
+        sleep(_STEP_SECONDS)
+        if cpu_clock() - used < (clock() - start) / 4:
+            return
 
 
 def time_in_turn(
@@ -20,11 +41,13 @@ def time_in_turn(
     rounds: int,
     budget: float,
     clock: Callable[[], float] = time.perf_counter,
+    settle: Callable[[], None] = wait_for_sleeping_threads,
     on_round: Callable[[int], None],
 ) -> dict[str, list[float]]:
     """Time every call once per round; each round measures the limits and begins with another call.
 
-    Of a short call, two in a row are made and the second is timed.
+    Before each, threads that still spin from the one before are waited for. Of a short call, two
+    in a row are made and the second is timed.
 
     Parameters
     ----------
@@ -37,6 +60,8 @@ def time_in_turn(
         Seconds after which no round begins, except the first two.
     clock : callable
         Seconds now.
+    settle : callable
+        Called before every measurement.
     on_round : callable
         Called with the number of each round before it begins.
 
@@ -52,9 +77,11 @@ def time_in_turn(
         if number >= _LEAST_ROUNDS and clock() - begin > budget:
             break
         on_round(number)
+        settle()
         limits.measure()
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            settle()
             took = _seconds(calls[name], clock)
             if took < SHORT_SECONDS:
                 took = _seconds(calls[name], clock)

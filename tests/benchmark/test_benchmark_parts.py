@@ -14,7 +14,7 @@ from npmoe.benchmark import machine, memory, parse_case, threads
 from npmoe.benchmark.implementations import Implementation
 from npmoe.benchmark.limits import MeasuredLimits
 from npmoe.benchmark.result import Sample
-from npmoe.benchmark.rounds import time_in_turn
+from npmoe.benchmark.rounds import time_in_turn, wait_for_sleeping_threads
 from npmoe.errors import BackendUnavailableError, RangeError
 
 pytest.importorskip("threadpoolctl")
@@ -80,6 +80,41 @@ def test_of_a_short_call_the_second_counts():
 def test_no_round_begins_after_the_budget_but_the_first_two(budget, rounds):
     _, seconds, measured, _ = run_rounds({"a": 1.0, "b": 3.0}, rounds=6, budget=budget)
     assert len(seconds["a"]) == len(seconds["b"]) == measured == rounds
+
+
+def test_everything_is_measured_after_threads_have_gone_to_sleep():
+    events = []
+
+    class Limited(KnownLimits):
+        def measure(self):
+            events.append("limits")
+
+    time_in_turn(
+        {"a": lambda: events.append("a"), "b": lambda: events.append("b")},
+        Limited(),
+        rounds=2,
+        budget=1.0,
+        clock=iter(range(1000)).__next__,  # every call takes a second
+        settle=lambda: events.append("settle"),
+        on_round=lambda _: None,
+    )
+    settled = events[::2], events[1::2]
+    assert settled == (["settle"] * 6, ["limits", "a", "b", "limits", "b", "a"])
+
+
+@pytest.mark.parametrize(("busy_seconds", "waits"), [(0.0, 1), (0.031, 4), (0.14, 15), (1e9, 200)])
+def test_waiting_ends_when_nothing_is_computed_any_more(busy_seconds, waits):
+    clock, slept = Clock(), []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock.advance(seconds)
+
+    wait_for_sleeping_threads(
+        sleep=sleep, clock=clock, cpu_clock=lambda: min(clock(), busy_seconds)
+    )
+    assert len(slept) == pytest.approx(waits, abs=1)
+    assert sum(slept) <= 2.0 + 0.02
 
 
 # --- limits
