@@ -239,7 +239,9 @@ def weight_gradient(
     mine, starts = scratch[thread], places[thread]
     panels = mine[room:]
     tile = room - ROWS * panel
-    ready, ready_at, zero = -1, -1, np.int64(0)  # a plain 0 is another type: compiled twice
+    # What the strip and the panels hold: of which first row, and from which output or column.
+    strip, strip_at, ready, ready_at = -1, -1, -1, -1
+    zero = np.int64(0)  # a plain 0 is another type: compiled twice
     while True:
         ticket = take_ticket(tickets)
         if ticket >= len(tasks):
@@ -254,9 +256,11 @@ def weight_gradient(
         for k in range(0, rows, GRADIENT_DEPTH):
             count = min(GRADIENT_DEPTH, rows - k)
             add = accumulate or k > 0
-            _row_starts(a_width, a_tokens, base, first + k, count, starts)
-            _pack_columns(a, starts, a_scale, first + k, count, m0, width, width, panel, mine,
-                          zero)  # fmt: skip
+            if strip != first + k or strip_at != m0:
+                _row_starts(a_width, a_tokens, base, first + k, count, starts)
+                _pack_columns(a, starts, a_scale, first + k, count, m0, width, width, panel, mine,
+                              zero)  # fmt: skip
+                strip, strip_at = first + k, m0
             _row_starts(b_width, b_tokens, base, first + k, count, starts)
             # Few rows: all panels of b once, then long rows of the gradient one after another.
             padded = -(-columns // panel) * panel

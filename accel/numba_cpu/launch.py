@@ -30,13 +30,13 @@ SKINNY_ROWS = 16
 _CACHE = 2**18
 _MOST_ROWS = 512
 _MOST_OUTPUTS = 240
-_BACK_OUTPUTS = 512
+_BACK_OUTPUTS = 256
 # Of a weight gradient: outputs of a task, at least; where an expert has few rows, so many that
 # they hold as many numbers of these rows, but not all; columns of a task.
 _GRADIENT_OUTPUTS = 192
 _GRADIENT_STRIP = 2**17
 _GRADIENT_MOST = 516
-_GRADIENT_COLUMNS = 1024
+_GRADIENT_COLUMNS = 256
 _GRADIENT_PANELS = 2**16
 # A group of experts has at most as many rows as the largest, and so large a share of all.
 _SHARE = 16
@@ -210,9 +210,7 @@ class Engine:
     ) -> None:
         """Run `backward.project_back` for weight (E, depth, outputs)."""
         _, depth, outputs = weight.shape
-        # Long rows of weights where few tokens meet them; else tasks enough for all threads.
-        many = group.num_rows > self.panel * (group.last - group.first)
-        step = self._back_step // 2 if many else self._back_step
+        step = self._back_step(group)
         tasks = self._tasks(group, outputs, step, _MOST_ROWS)
         room = _MOST_ROWS * step
         self.team.run(
@@ -229,7 +227,7 @@ class Engine:
     ) -> None:  # fmt: skip
         """Run `backward.project_back_and_activate` for weight (E, H, I)."""
         _, depth, inner = weight.shape
-        block, step = self._block(depth), self._back_step
+        block, step = self._block(depth), self._back_step(group)
         tasks = self._tasks(group, inner, step, block)
         room = block * step
         self.team.run(
@@ -242,8 +240,8 @@ class Engine:
         )  # fmt: skip
 
     def num_ranges(self, inner: int) -> int:
-        """Return into how many ranges the backward activation cuts its outputs."""
-        return -(-inner // self._back_step)
+        """Return into how many ranges the backward activation cuts its outputs at most."""
+        return -(-inner // self._least_back_step)
 
     def weight_gradient(
         self, a: HostArray, b: HostArray, group: Group, out: HostArray, *, accumulate: bool,
@@ -257,15 +255,15 @@ class Engine:
         tasks = np.empty((experts * most, rows.TASK), np.int64)
         count = rows.cut_gradient_tasks(
             group.offsets, group.first, group.last, a_width, b_width, _GRADIENT_OUTPUTS,
-            _GRADIENT_MOST, _GRADIENT_STRIP, _GRADIENT_COLUMNS, self.panel, tasks,
+            _GRADIENT_MOST, _GRADIENT_STRIP, _GRADIENT_COLUMNS, self.panel, _GRADIENT_PANELS, tasks,
         )  # fmt: skip
         line = 64 // self.dtype.itemsize
         stream = b_width % line == 0 and address(out) % 64 == 0
         room = backward.GRADIENT_DEPTH * _GRADIENT_OUTPUTS + ROWS * self.panel
         panels = max(backward.GRADIENT_DEPTH * self.panel, _GRADIENT_PANELS)
         self.team.run(
-            backward.weight_gradient, tasks[:count], self.panel, self.lanes, room, a, a_width, a_tokens,
-            self._maybe(a_scale), b, b_width, b_tokens, self._maybe(b_scale), group.base,
+            backward.weight_gradient, tasks[:count], self.panel, self.lanes, room, a, a_width,
+            a_tokens, self._maybe(a_scale), b, b_width, b_tokens, self._maybe(b_scale), group.base,
             accumulate, stream, out.reshape(-1),
             dtype=self.dtype, room=room + panels,
             small=group.num_rows * a_width * b_width + count * b_width < SMALL,
@@ -292,9 +290,17 @@ class Engine:
         """Return a new array that begins at a cache line."""
         return aligned_empty(shape, self.dtype)
 
+    def _back_step(self, group: Group) -> int:
+        """Return the outputs of a task of the backward pass: multiples of the panel.
+
+        Long rows of weights where few tokens meet them; else tasks enough for all threads.
+        """
+        many = group.num_rows > self.panel * (group.last - group.first)
+        return self._least_back_step if many else 2 * self._least_back_step
+
     @property
-    def _back_step(self) -> int:
-        return _BACK_OUTPUTS // self.panel * self.panel
+    def _least_back_step(self) -> int:
+        return max(_BACK_OUTPUTS // self.panel, 1) * self.panel
 
     def _block(self, depth: int) -> int:
         """Return the rows gathered at once: at least one panel, at most what the cache takes."""

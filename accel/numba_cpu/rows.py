@@ -257,28 +257,34 @@ def cut_tasks(
 
 @kernel
 def cut_gradient_tasks(
-    offsets, first, last, outputs, width, least, most, numbers, step, panel, tasks
+    offsets, first, last, outputs, width, least, most, numbers, step, panel, panels, tasks
 ):  # fmt: skip
     """Write the tasks of weight gradients: experts first..last, empty ones too; count them.
 
     One task: expert, first row, rows, first output, outputs, first column, columns. Outputs are
-    `least` to `most`, as many as have `numbers` in the expert's rows, and columns at most `step`;
-    both are nearly equal multiples of what a tile takes.
+    `least` to `most`, as many as have `numbers` in the expert's rows; columns at most `step`, but
+    four times as many where these have no more than `panels` numbers in the rows. Both are nearly
+    equal multiples of what a tile takes. Tasks with the same columns follow each other where
+    these are few numbers, else tasks with the same outputs.
     """
     count = 0
-    columns = -(-width // (-(-width // step) * panel)) * panel
     for e in range(first, last):
         rows = offsets[e + 1] - offsets[e]
         limit = max(least, min(most, numbers // max(rows, 1)))
         size = -(-outputs // (-(-outputs // limit) * ROWS)) * ROWS
-        for n in range(0, width, columns):
-            for m in range(0, outputs, size):
-                if count < len(tasks):
-                    task = tasks[count]
-                    task[0], task[1], task[2] = e, offsets[e], rows
-                    task[3], task[4] = m, min(size, outputs - m)
-                    task[5], task[6] = n, min(columns, width - n)
-                count += 1
+        few = rows * 4 * step <= panels
+        limit = 4 * step if few else step
+        columns = -(-width // (-(-width // limit) * panel)) * panel
+        across, down = -(-width // columns), -(-outputs // size)
+        for i in range(across * down):
+            if count < len(tasks):
+                m = (i % down if few else i // across) * size
+                n = (i // down if few else i % across) * columns
+                task = tasks[count]
+                task[0], task[1], task[2] = e, offsets[e], rows
+                task[3], task[4] = m, min(size, outputs - m)
+                task[5], task[6] = n, min(columns, width - n)
+            count += 1
     return count
 
 

@@ -24,6 +24,7 @@ from numba_problems import (
 
 import npmoe
 from accel.numba_cpu import launch, rows
+from accel.numba_cpu.host import ROWS
 from accel.numba_cpu.launch import SKINNY_ROWS, Group
 from npmoe import MoEParams
 from npmoe.dispatch import plan_dispatch
@@ -109,10 +110,36 @@ def test_a_short_table_of_tasks_is_not_overrun() -> None:
     assert (part[11:] == -9).all()
     assert (whole[count:] == -9).all()
     part[...] = -9
-    count = rows.cut_gradient_tasks(offsets, 0, 4, 30, 7, whole)
-    assert count == 20
-    assert rows.cut_gradient_tasks(offsets, 0, 4, 30, 7, part[:3]) == count
+    sizes = (30, 40, 6, 12, 50, 16, 8, 0)
+    count = rows.cut_gradient_tasks(offsets, 0, 4, *sizes, whole)
+    # At most 12 outputs, 6 where rows are more; of an expert without rows all columns at once.
+    assert count == 3 * 3 + 3 + 5 * 3 + 5 * 3
+    assert rows.cut_gradient_tasks(offsets, 0, 4, *sizes, part[:3]) == count
     assert (part[3:] == -9).all()
+
+
+def test_tasks_of_weight_gradients_cover_every_number_of_every_expert_once() -> None:
+    rng = np.random.default_rng(0)
+    panel = engine().panel
+    for _ in range(200):
+        counts = rng.integers(0, 70, 6) * rng.integers(0, 2, 6)
+        outputs, width, step = (int(n) for n in rng.integers(1, 400, 3))
+        least, most = sorted(int(n) for n in rng.integers(1, 90, 2))
+        numbers, panels = (int(n) for n in rng.integers(1, 20_000, 2))
+        offsets = plan_of(counts.tolist()).expert_offsets
+        first, last = sorted(rng.choice(7, 2, replace=False).tolist())
+        sizes = (outputs, width, least, most, numbers, step, panel, panels)
+        tasks = np.full((6 * 400 * 400, rows.TASK), -9, np.int64)
+        count = rows.cut_gradient_tasks(offsets, first, last, *sizes, tasks)
+        assert count <= (last - first) * -(-outputs // least) * -(-width // step)
+        seen = np.zeros((6, outputs, width), int)
+        for e, begin, n, start, height, column, columns in tasks[:count].tolist():
+            assert (begin, n) == (offsets[e], counts[e])
+            assert start % ROWS == column % panel == 0
+            assert height <= -(-most // ROWS) * ROWS
+            seen[e, start : start + height, column : column + columns] += 1
+        assert (seen[first:last] == 1).all()
+        assert seen.sum() == (last - first) * outputs * width
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 9])
@@ -251,8 +278,10 @@ def test_widths_beside_a_task(depth: int, dtype: Any) -> None:
 @floats
 def test_widths_beside_a_task_of_the_backward_pass(dtype: Any) -> None:
     plan = plan_of([2, SKINNY_ROWS + 5])
-    steps = (engine(dtype)._back_step, launch._GRADIENT_OUTPUTS)
-    for width in {s + d for s in steps for d in (-1, 0, 1)}:
+    back = engine(dtype)._least_back_step
+    columns = launch._GRADIENT_COLUMNS
+    steps = (back, 2 * back, launch._GRADIENT_OUTPUTS, launch._GRADIENT_MOST, columns, 4 * columns)
+    for width in sorted({s + d for s in steps for d in (-1, 0, 1)}):
         check_exact(draw_experts(plan, 7, width), dtype)
         check_exact(draw_experts(plan, width, 7), dtype)
 
