@@ -270,11 +270,11 @@ def cut_gradient_tasks(
     count = 0
     for e in range(first, last):
         rows = offsets[e + 1] - offsets[e]
-        limit = max(least, min(most, numbers // max(rows, 1)))
-        size = -(-outputs // (-(-outputs // limit) * ROWS)) * ROWS
+        tallest = max(least, min(most, numbers // max(rows, 1)))
+        size = -(-outputs // (-(-outputs // tallest) * ROWS)) * ROWS
         few = rows * 4 * step <= panels
-        limit = 4 * step if few else step
-        columns = -(-width // (-(-width // limit) * panel)) * panel
+        widest = 4 * step if few else step
+        columns = -(-width // (-(-width // widest) * panel)) * panel
         across, down = -(-width // columns), -(-outputs // size)
         for i in range(across * down):
             if count < len(tasks):

@@ -44,7 +44,13 @@ _NOT_COVERED = "hangs and deaths of the process are not covered; use --isolate."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("target", nargs="?", metavar="TARGET", help="what to check")
-    parser.add_argument("--as", dest="kind", metavar="KIND", choices=[*KINDS, "backend"])
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        metavar="KIND",
+        choices=[*KINDS, "backend"],
+        help=f"what TARGET is (told by its arguments): {', '.join([*KINDS, 'backend'])}",
+    )
     parser.add_argument("--faults", action="store_true", help="run the kit on planted mistakes")
     parser.add_argument(
         "--emulate",
@@ -67,7 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of floats (float32); half precision is that of a backend's expert weights",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the cases (0)")
-    parser.add_argument("--array", default="numpy", choices=("numpy", "torch", "cupy"))
+    parser.add_argument(
+        "--array",
+        default="numpy",
+        choices=("numpy", "torch", "cupy"),
+        help="what a function is called with (numpy)",
+    )
     parser.add_argument(
         "--set",
         action="append",

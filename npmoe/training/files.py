@@ -141,6 +141,6 @@ class RunFolder:
                 "Check --out, or start a new run without --resume."
             )
         for leftover in folder.path.glob(".*.tmp"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a run that cannot be written can be read
                 leftover.unlink()
         return folder

@@ -87,8 +87,12 @@ def raises(x, w, o):
     raise ValueError("no such luck\nand more")
 
 
-def exits(x, w, o):
+def says_nothing(x, w, o):
     raise KeyError
+
+
+def exits(x, w, o):
+    sys.exit(3)
 
 
 def writes(x, w, o):
@@ -104,7 +108,8 @@ BAD = [
     (text, "output must be a numeric array, got str."),
     (other_dtype, "output must have dtype float32, got float16."),
     (raises, "the call must return, got ValueError: no such luck"),
-    (exits, "the call must return, got KeyError"),
+    (says_nothing, "the call must return, got KeyError"),
+    (exits, "the call must return, got SystemExit: 3"),
     (writes, "argument x_sorted must come back unchanged, it was written to."),
 ]
 
@@ -268,12 +273,14 @@ def test_targets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.py").write_text("def f(a, b): return a\nx = 3\n", encoding="utf-8")
     (tmp_path / "bad.py").write_text("1/0\n", encoding="utf-8")
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(2)\n", encoding="utf-8")
     assert load_target("good.py:f")(1, 2) == 1
     for target, words in (
         ("good", "target must be 'module:function', got 'good'."),
         ("good.py:g", "good.py must hold 'g', got only: f, x."),
         ("good.py:x", "good.py:x must be callable, got int."),
         ("bad.py:f", "bad.py must be importable, got ZeroDivisionError: division by zero."),
+        ("exits.py:f", "exits.py must be importable, got SystemExit: 2."),
         ("gone.py:f", "gone.py must be importable, got FileNotFoundError: no file gone.py."),
         ("no_such_module:f", "no_such_module must be importable, got ModuleNotFoundError: "),
     ):
@@ -330,6 +337,10 @@ def dies(x, w, o):
 def leaves(x, w, o):
     os._exit(3)
 
+def exits(x, w, o):
+    print("usage")
+    raise SystemExit("not like this")
+
 def writes(x, w, o):
     y = right(x, w, o)
     x[...] = 0
@@ -347,6 +358,7 @@ def fails(x, w, o):
         ("hangs", "the call must return, got Hang: no answer within 0.3 s"),
         ("dies", "the call must return, got Died: the process died by SIGABRT"),
         ("leaves", "the call must return, got Died: the process ended with code 3"),
+        ("exits", "the call must return, got TargetError: SystemExit: not like this"),
         ("writes", "argument x_sorted must come back unchanged, it was written to."),
         ("fails", "the call must return, got TargetError: OSError: out of luck"),
     ],

@@ -20,7 +20,7 @@ from npmoe.config import MoEConfig
 from npmoe.errors import RangeError
 from npmoe.testing.draws import draw_numbers
 from npmoe.testing.problems import MoEProblem, is_exact, make_problem
-from npmoe.testing.strategies import moe_configs, moe_problems, topk_ids_arrays
+from npmoe.testing.strategies import _CANDIDATES, moe_configs, moe_problems, topk_ids_arrays
 
 CFG = MoEConfig(hidden_size=5, intermediate_size=3, num_experts=4, router_bias=True)
 
@@ -144,6 +144,23 @@ def test_exact_results_fit_float32_with_bits_to_spare(problem: MoEProblem) -> No
 @given(moe_configs())
 def test_configs_are_legal_and_survive_json(cfg: MoEConfig) -> None:
     assert MoEConfig.from_json(cfg.to_json()) == cfg
+
+
+def test_every_value_is_drawn_somewhere() -> None:
+    """A value that the config always refused would be left out of all tests, and unseen."""
+    seen: dict[str, set] = {name: set() for name in _CANDIDATES}
+
+    @settings(max_examples=600, derandomize=True, database=None, deadline=None)
+    @given(moe_configs())
+    def draw(cfg: MoEConfig) -> None:
+        for name, values in seen.items():
+            values.add(getattr(cfg, name))
+
+    draw()
+    factors = ("capacity_factor", "eval_capacity_factor")
+    for name, candidates in _CANDIDATES.items():
+        wanted = {Fraction(c) if name in factors and c is not None else c for c in candidates}
+        assert wanted <= seen[name], name
 
 
 @settings(max_examples=30, deadline=None)

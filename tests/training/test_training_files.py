@@ -119,6 +119,16 @@ def test_a_run_is_opened_without_leftovers(tmp_path):
     assert names(tmp_path) == ["config.json"]
 
 
+def test_a_run_that_cannot_be_written_is_opened(tmp_path, monkeypatch):
+    def refuse(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / ".checkpoint.safetensors.123.tmp").write_text("half")
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    assert RunFolder.open(tmp_path).path == tmp_path
+
+
 def test_no_run_to_continue_says_so(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(CheckpointError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -121,8 +120,7 @@ def _serve(pipe: Connection, target: str, array: str, path: list[str]) -> None:
 
     sys.path[:] = path
     # What a target prints would disturb the parent's table.
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     function = load_target(target)
     convert = array_converter(array)
     pipe.send("ready")
@@ -137,7 +135,7 @@ def _serve(pipe: Connection, target: str, array: str, path: list[str]) -> None:
             result = function(*moved)
             parts = result if isinstance(result, tuple | list) else (result,)
             answer: tuple[str, Any] = ("ok", [to_numpy(p) for p in parts])
-        except Exception as error:  # reported to the parent
+        except (Exception, SystemExit) as error:  # reported to the parent
             text = str(error).strip().splitlines()
             answer = ("error", f"{type(error).__name__}: {text[0] if text else ''}")
         after = [

@@ -53,7 +53,7 @@ class Subject:
             # Their overflow on the way to a right result is theirs; the result is judged.
             with np.errstate(all="ignore"):
                 result = self.function(*moved.values())
-        except Exception as error:  # whatever it raises is a finding, never a crash of the kit
+        except (Exception, SystemExit) as error:  # a finding, never the end of the kit
             text = str(error).strip().splitlines()
             said = f": {text[0]}" if text else ""
             raise Finding(f"the call must return, got {type(error).__name__}{said}") from error

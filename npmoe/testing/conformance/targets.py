@@ -36,7 +36,7 @@ def load_target(target: str) -> Callable[..., Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = _import(module_name)
-    except Exception as error:  # whatever happens at import is the target's
+    except (Exception, SystemExit) as error:  # whatever happens at import is the target's
         raise TargetNotUsable(
             f"{module_name} must be importable, got {type(error).__name__}: {error}."
         ) from error
