@@ -3,6 +3,7 @@
 # ruff: noqa: E402  # imports follow what they need
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import ml_dtypes
@@ -140,6 +141,25 @@ def test_tasks_of_weight_gradients_cover_every_number_of_every_expert_once() -> 
             seen[e, start : start + height, column : column + columns] += 1
         assert (seen[first:last] == 1).all()
         assert seen.sum() == (last - first) * outputs * width
+
+
+def test_groups_take_as_many_experts_as_they_may() -> None:
+    rng = np.random.default_rng(0)
+    run = engine()
+    for _ in range(200):
+        counts = rng.integers(0, 90, int(rng.integers(1, 12))) * rng.integers(0, 2)
+        least = int(rng.integers(0, 200))
+        most = max(least, counts.max() + counts.sum() // launch._SHARE)
+        ends, num_groups, padded = run.groups(plan_of(counts.tolist()).expert_offsets, least)
+        cuts = [0, *ends[:num_groups].tolist()]
+        assert cuts[-1] == len(counts)
+        assert cuts == sorted(set(cuts))
+        groups = [counts[a:b] for a, b in pairwise(cuts)]
+        assert all(group.sum() <= most for group in groups)
+        for group, (first, *_) in pairwise(groups):
+            assert group.sum() + first > most
+        lanes = run.lanes
+        assert padded == max(sum(-(-n // lanes) * lanes for n in group) for group in groups)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 9])
